@@ -1,0 +1,221 @@
+"""The one batch type that every stage runs on: examples end to end in one row, no padding anywhere.
+
+Shape legend, used in the whole package:
+    T tokens of a micro-batch, S segments (one an example), N targets (trained tokens),
+    D width, V vocabulary, H heads, P virtual tokens of a prefix or a prompt.
+
+These are plain classes, not dataclasses or named tuples, on purpose: Lightning's precision plugins walk into those and
+would cast the float weights of the targets to the precision of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# One pair of keys and values a layer, each [H_kv, P, head_dim]: what prefix tuning puts before every example.
+PrefixKV = dict[int, tuple[Tensor, Tensor]]
+
+
+class Example(NamedTuple):
+    """One tokenized example.
+
+    Attributes:
+        input_ids: Tokens.
+        weights: One number a token: how much predicting **this** token counts; 0 is not trained. `weights[0]` is 0,
+            because nothing predicts the first token.
+    """
+
+    input_ids: Sequence[int]
+    weights: Sequence[float]
+
+    @property
+    def num_targets(self) -> int:
+        """Number of trained tokens."""
+        return sum(1 for weight in self.weights if weight)
+
+
+class Segments:
+    """Which stretch of the row belongs to which example; it travels to every attention layer as a call argument.
+
+    Args:
+        lengths: Tokens of each segment, in the order of the row.
+        parents: For each segment the index of an earlier segment whose tokens it also sees (a shared prompt), or -1.
+
+    Raises:
+        ValueError: If a length is not positive or a parent does not come before its child.
+    """
+
+    def __init__(self, lengths: Sequence[int], parents: Sequence[int] | None = None) -> None:
+        self.lengths = tuple(lengths)
+        self.parents = tuple(parents) if parents is not None else (-1,) * len(self.lengths)
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"a segment needs at least one token, got lengths {self.lengths}")
+        if len(self.parents) != len(self.lengths) or any(parent >= i for i, parent in enumerate(self.parents)):
+            raise ValueError(f"each parent must be an earlier segment or -1, got {self.parents}")
+        self.offsets = tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
+        # Attention masks by (queries, keys before them, window): built once a micro-batch, shared by all layers.
+        self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"Segments(lengths={self.lengths}, parents={self.parents})"
+
+    def ancestors(self, index: int) -> list[int]:
+        """Segments that `index` sees besides itself, the root first."""
+        chain: list[int] = []
+        while (index := self.parents[index]) >= 0:
+            chain.append(index)
+        return chain[::-1]
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yields `(first, count)`: neighbours of one length without parents, one attention call."""
+        first = 0
+        while first < len(self):
+            count = 1
+            if self.parents[first] < 0:
+                while (
+                    first + count < len(self)
+                    and self.parents[first + count] < 0
+                    and self.lengths[first + count] == self.lengths[first]
+                ):
+                    count += 1
+            yield first, count
+            first += count
+
+
+class PackedBatch:
+    """A micro-batch.
+
+    Attributes:
+        input_ids: Tokens, int64 `[1, T]`.
+        position_ids: Position of each token in its example, int64 `[1, T]`; restarts at 0 in every segment (a segment
+            with a parent continues the parent's positions).
+        segments: Where the examples lie.
+        target_positions: Index in the row of the hidden state that predicts each target, int64 `[N]`.
+        target_ids: The token to be predicted, int64 `[N]`.
+        target_weights: How much each target counts, float32 `[N]`.
+        target_segments: The segment each target belongs to, int64 `[N]`.
+        examples: For each segment the index of its row in the data set, -1 for a filler that counts nothing.
+        inputs_embeds: Embedded tokens `[1, T, D]` when a strategy adds virtual tokens, else None.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Segments,
+        target_positions: Tensor,
+        target_ids: Tensor,
+        target_weights: Tensor,
+        target_segments: Tensor,
+        examples: tuple[int, ...],
+        inputs_embeds: Tensor | None = None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.position_ids = position_ids
+        self.segments = segments
+        self.target_positions = target_positions
+        self.target_ids = target_ids
+        self.target_weights = target_weights
+        self.target_segments = target_segments
+        self.examples = examples
+        self.inputs_embeds = inputs_embeds
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of the row."""
+        return sum(self.segments.lengths)
+
+    def replace(self, **changes: object) -> PackedBatch:
+        """A copy with some fields changed."""
+        return PackedBatch(**{**self.__dict__, **changes})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch on another device; Lightning calls this."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        return self.replace(**moved, segments=Segments(self.segments.lengths, self.segments.parents))
+
+
+def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> PackedBatch:
+    """Lays examples end to end.
+
+    Args:
+        examples: At least one.
+        indices: Row numbers to remember with the examples; 0, 1, ... when left out. An index below 0 marks a
+            filler: its targets keep their place but weigh nothing.
+
+    Returns:
+        The micro-batch, on the CPU.
+    """
+    indices = tuple(range(len(examples)) if indices is None else indices)
+    positions: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    owners: list[int] = []
+    ids: list[int] = []
+    for segment, (example, index) in enumerate(zip(examples, indices, strict=True)):
+        offset = len(ids)
+        for place, weight in enumerate(example.weights):
+            if weight:
+                positions.append(offset + place - 1)
+                targets.append(int(example.input_ids[place]))
+                weights.append(float(weight) if index >= 0 else 0.0)
+                owners.append(segment)
+        ids.extend(example.input_ids)
+    lengths = [len(example.input_ids) for example in examples]
+    return PackedBatch(
+        input_ids=torch.tensor([ids], dtype=torch.long),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        segments=Segments(lengths),
+        target_positions=torch.tensor(positions, dtype=torch.long),
+        target_ids=torch.tensor(targets, dtype=torch.long),
+        target_weights=torch.tensor(weights, dtype=torch.float32),
+        target_segments=torch.tensor(owners, dtype=torch.long),
+        examples=indices,
+    )
+
+
+class StepTotals(NamedTuple):
+    """What one optimizer step holds over all micro-batches and ranks; planned ahead, the same on every rank.
+
+    Attributes:
+        weight: Sum of the target weights: the gradient of the step is the sum over its targets divided by this.
+        targets: Trained tokens.
+        tokens: All tokens.
+        examples: Examples.
+    """
+
+    weight: float
+    targets: int
+    tokens: int
+    examples: int
+
+
+class StepBatch:
+    """All micro-batches of one optimizer step on one rank: what the training loader yields.
+
+    So one batch of Lightning is one optimizer step; `max_steps`, checkpoints and callbacks keep their plain meaning.
+
+    Attributes:
+        micro_batches: At least one; every rank has the same number.
+        totals: What the step holds over all ranks.
+    """
+
+    def __init__(self, micro_batches: Sequence[PackedBatch], totals: StepTotals) -> None:
+        self.micro_batches = list(micro_batches)
+        self.totals = totals
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
+        """The step on another device; Lightning calls this."""
+        return StepBatch([batch.to(device, non_blocking) for batch in self.micro_batches], self.totals)

@@ -1,0 +1,91 @@
+"""`metrics.csv`: one row a logged step, continued when a run is resumed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Writes every metric to `metrics.csv` in the run folder, at once: a killed run keeps what it measured.
+
+    Lightning's own CSV logger deletes the old file when a run is resumed. Here the rows after the step that the run
+    goes on from are dropped, since they will be measured again, and the others stay.
+
+    Args:
+        folder: The run folder.
+        resumed: Whether the run goes on from a checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, resumed: bool = False) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.resumed = resumed
+        self.rows: list[dict[str, Any]] = []
+        self.columns = ["step"]
+        self._ready = False
+
+    @property
+    def name(self) -> str:
+        """No sub-folder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No sub-folder."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` is the record."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds a row, or to the row of the same step."""
+        step = 0 if step is None else step
+        if not self._ready:
+            self._begin(step)
+        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        fresh = [key for key in values if key not in self.columns]
+        merge = bool(self.rows) and self.rows[-1]["step"] == step and not set(values) & set(self.rows[-1])
+        if merge:
+            self.rows[-1] |= values
+        else:
+            self.rows.append({"step": step, **values})
+        self.columns += fresh
+        if fresh or merge:
+            self._write_all()
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+
+    def _begin(self, step: int) -> None:
+        self._ready = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.resumed and self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or ["step"])
+                old = [{key: value for key, value in row.items() if value} for row in reader]
+            self.rows = [{**row, "step": int(row["step"])} for row in old if int(row["step"]) < step]
+        self._write_all()
+
+    def _write_all(self) -> None:
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -1,0 +1,225 @@
+"""The training verbs: Lightning's command line with ftlit's defaults, run folders and errors.
+
+The only place where arguments are linked and the Trainer is put together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# Importing these packages makes their classes known by short name.
+from ftlit.callbacks import Progress, Report, SaveAdapter, WritePredictions
+from ftlit.callbacks.metrics_csv import MetricsCSV
+from ftlit.cli_errors import explain
+from ftlit.errors import ConfigError
+from ftlit.shipped import config_dir, resolve_all
+from ftlit.stages import Stage
+
+RUN_VARIABLE = "FTLIT_RUN"
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer with ftlit's own verb."""
+
+    def data(self, model: Stage, datamodule: Any = None, rows: int = 3) -> None:
+        """Show what would be trained on.
+
+        Args:
+            model: The stage, for its tokenizer.
+            datamodule: The data.
+            rows: How many rendered training rows to show.
+        """
+        datamodule.use_tokenizer(model.tokenizer)
+        datamodule.setup("fit")
+        print("\n".join(datamodule.describe()))
+        color = sys.stdout.isatty()
+        marks = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
+        for number in range(min(rows, len(datamodule.sets["train"]))):
+            print(f"--- training example {number + 1}, trained tokens {'in green' if color else 'between ⟦ ⟧'}")
+            print(datamodule.rendered(number, *marks))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole config of a run to `config.yaml` in its folder."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes it, once, before anything is trained."""
+        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+        self.already_saved: bool = True
+
+
+class CLI(LightningCLI):
+    """LightningCLI for stages and their data."""
+
+    current: LightningArgumentParser | None = None
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        CLI.current = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return CLI.current
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only the verb that was asked for: building a parser takes a while."""
+        verbs = {**LightningCLI.subcommands(), "data": {"model", "datamodule"}}
+        asked = next((a for a in sys.argv[1:] if a in verbs), None)
+        return {asked: verbs[asked]} if asked else verbs
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--run`."""
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Run folder; runs/STAGE-DATE-TIME when left out."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let a checkpoint's old hyper-parameters win over the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decides the run folder, and what is read from it or written to it."""
+        verb = str(self.subcommand)
+        config = self.config[verb]
+        folder = self._folder(verb, config)
+        config.run = str(folder)
+        config.trainer.default_root_dir = str(folder)
+        if verb == "fit":
+            _prepare_wandb(config.trainer, folder)
+        else:
+            config.trainer.logger = False
+            config.trainer.callbacks = [
+                c for c in config.trainer.callbacks or [] if not c.class_path.endswith("Checkpoint")
+            ]
+            config.trainer.enable_checkpointing = False
+        if "ckpt_path" in config:
+            config.ckpt_path = _checkpoint(config.ckpt_path, folder, verb)
+
+    @staticmethod
+    def _folder(verb: str, config: Namespace) -> Path:
+        if RUN_VARIABLE in os.environ:  # a further rank of a run that is already on its way
+            return Path(os.environ[RUN_VARIABLE])
+        kind = config.model.class_path.rsplit(".", 1)[-1].lower()
+        folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if verb == "fit":
+            if (folder / "config.yaml").exists() and not config.ckpt_path:
+                raise ConfigError(
+                    f"{folder} already holds a run: give another --run, or continue it with --ckpt_path last."
+                )
+            os.environ[RUN_VARIABLE] = str(folder)
+        return folder
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds what every run has: metrics.csv, reports, adapters, progress."""
+        trainer = self.config_init[str(self.subcommand)]["trainer"]
+        folder = Path(trainer["default_root_dir"])
+        if self.subcommand == "fit" and not trainer.get("fast_dev_run"):
+            given = trainer.get("logger")
+            loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
+            resumed = bool(self.config_init["fit"].get("ckpt_path"))
+            kwargs["logger"] = [MetricsCSV(folder, resumed), *(one for one in loggers if isinstance(one, Logger))]
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        own: list[L.Callback] = []
+        if self.subcommand == "fit" and not config.get("fast_dev_run"):
+            own = [Report(), SaveAdapter()]
+        elif self.subcommand == "predict":
+            own = [WritePredictions()]
+        if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
+            own.append(Progress())
+        return super()._instantiate_trainer(config, [*callbacks, *own])
+
+
+def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
+    """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves."""
+    if asked is None and verb != "fit" and (folder / "checkpoints" / "last.ckpt").exists():
+        asked = "last"
+    if asked in ("last", "best"):
+        path = folder / "checkpoints" / f"{asked}.ckpt"
+        if not path.exists():
+            raise ConfigError(f"there is no {path}: give the --run that has one, or the path of a checkpoint.")
+        asked = str(path)
+    if asked is not None:
+        if not Path(asked).exists():
+            raise ConfigError(f"checkpoint {asked} does not exist.")
+        print(f"weights    {asked}", flush=True)
+    return asked
+
+
+def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
+    """Lets a W&B logger write into the run folder, and work offline where no key is set."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        if not isinstance(logger, Namespace) or not str(logger.get("class_path")).endswith("WandbLogger"):
+            continue
+        settings = logger.init_args
+        settings.save_dir = str(folder)
+        settings.name = settings.name or folder.name
+        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists() or "WANDB_MODE" in os.environ
+        if not known and not settings.offline:
+            settings.offline = True
+            print("W&B: no key is set, so this run is logged offline; upload it later with `wandb sync`.", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _quiet() -> None:
+    """Silences what Lightning and transformers print at every run and what does not help anyone."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in ("litlogger", "LeafSpec", "does not have many workers", "ModelCheckpoint", "`isinstance\\(treespec"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
+    warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning, message=".*checkpoint directory.*")
+
+
+def run(args: list[str]) -> int:
+    """Runs a training verb.
+
+    Args:
+        args: The verb and its options.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        FtlitError: For whatever the user can mend.
+    """
+    args = resolve_all(args)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # classes in files of the working directory
+    _quiet()
+    sys.argv = [sys.argv[0], *args]
+    options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False, "allow_abbrev": False}
+    try:
+        with explain(lambda: CLI.current):
+            CLI(
+                Stage,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                trainer_class=Trainer,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_callback=SaveConfig,
+                parser_kwargs={"exit_on_error": False, **{verb: dict(options) for verb in CLI.subcommands()}},
+            )
+    except SIGTERMException:
+        return 143
+    finally:
+        os.environ.pop(RUN_VARIABLE, None)
+    return 0

@@ -1,0 +1,169 @@
+"""What the argument parser says of a mistake, as one sentence that names the nearest key or class."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ftlit.errors import ConfigError, nearest
+
+# What people coming from TRL, PEFT, LLaMA-Factory and axolotl type first.
+FOREIGN = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "use_rslora": "rslora",
+    "model_name_or_path": "model.policy",
+    "base_model": "model.policy",
+    "dataset_name": "data.train",
+    "dataset": "data.train",
+    "learning_rate": "model.lr",
+    "lr_scheduler_type": "model.schedule",
+    "warmup_ratio": "model.warmup",
+    "warmup_steps": "model.warmup",
+    "per_device_train_batch_size": "data.batch_size",
+    "micro_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "max_epochs": "trainer.max_epochs",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "output_dir": "run",
+    "seed": "seed_everything",
+    "bf16": "trainer.precision (bf16-mixed)",
+    "fp16": "trainer.precision (16-mixed)",
+    "logging_steps": "trainer.log_every_n_steps",
+    "eval_steps": "trainer.val_check_interval",
+    "report_to": "config logger/wandb",
+    "use_peft": "config peft/lora",
+    "resume_from_checkpoint": "ckpt_path",
+}
+
+
+@contextlib.contextmanager
+def explain(parser_of: Any) -> Iterator[None]:
+    """Turns parse errors into a `ConfigError` of one sentence.
+
+    Args:
+        parser_of: Called without arguments for the parser of the verb, whose keys are suggested.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigError(sentence(str(error.message), _keys(parser_of()))) from None
+
+
+def sentence(message: str, keys: list[str]) -> str:
+    """The one sentence for a parser's message.
+
+    Args:
+        message: What jsonargparse said, nested as it is.
+        keys: The keys of the verb.
+    """
+    if message.startswith("Problems parsing config"):
+        return f"a config file is not valid YAML: {' '.join(message.split(':', 1)[1].split())}"
+    if found := re.search(r"unrecognized arguments: --?([^\s=]+)", message):
+        return _unknown(found[1].rstrip("+"), keys, "option --")
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return _unknown(found[1], keys, "key ")
+    path, owner, base = [], "", ""
+    for line in message.splitlines():
+        if found := re.search(r'Parser key "([^"]+)"', line):
+            path.append(found[1])
+        elif found := re.search(r"Problem with given class_path '([^']+)'", line):
+            owner = found[1]
+        elif found := re.search(r"Subtypes: \[(?:list\[([\w.]+)\], )?<class '([\w.]+)'>", line):
+            base = found[1] or found[2]
+        elif found := re.search(r"Option '([^']+)' is not accepted", line):
+            known = _arguments(owner)
+            word, name = found[1], owner.rsplit(".", 1)[-1]
+            hint = _foreign(word, known) or nearest(word, known)
+            return f"{'.'.join(path)}: {name} has no argument {word!r}: {hint}"
+        elif found := re.search(r"Expected a dot import path string: (\S+)", line):
+            hint = nearest(found[1], _subclasses(base))
+            kind = base.rsplit(".", 1)[-1]
+            return f"{'.'.join(path)}: no {kind} class is called {found[1]!r}: {hint}"
+        elif found := re.search(r"No module named '([^']+)'", line):
+            return f"{'.'.join(path)}: there is no module {found[1]!r}, neither installed nor in the working directory."
+        elif found := re.search(r"arguments are required: ([\w.]+)", line):
+            key = ".".join([*path, found[1].partition(".")[2] or found[1]])
+            return f"{key} is missing: give --{key}, or a config that sets it (--config sft)."
+        elif "NoneType" not in line and (found := re.search(r"Expected an? (.+?)\. Got value: (.*)", line)):
+            return f"{'.'.join(path)} must be {_kind(found[1])}, got {found[2]!r}."
+    return " ".join(message.split())
+
+
+def _kind(expected: str) -> str:
+    if found := re.fullmatch(r"<class '(\w+)'>", expected):
+        return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
+            found[1], found[1]
+        )
+    if found := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
+        return f"one of {found[1]}"
+    return expected
+
+
+def _unknown(word: str, keys: list[str], what: str) -> str:
+    if hint := _foreign(word.removeprefix("--"), keys):
+        return f"there is no {what}{word}: {hint}"
+    head, _, rest = word.partition(".")
+    tops = sorted({key.split(".")[0] for key in keys})
+    if rest and head not in tops:
+        return f"there is no {what}{word}: {nearest(head, tops)}"
+    return f"there is no {what}{word}: {nearest(word, keys)}"
+
+
+def _foreign(word: str, known: list[str]) -> str:
+    name = FOREIGN.get(word)
+    if name is None:
+        return ""
+    last = name.rsplit(".", 1)[-1]
+    return f"ftlit calls it {last if last in known else name}."
+
+
+def _keys(parser: Any) -> list[str]:
+    if parser is None:
+        return []
+    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _arguments(class_path: str) -> list[str]:
+    cls = _import(class_path)
+    if cls is None:
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False, instantiate=False)
+    return sorted({key.split(".")[0] for key in parser.get_defaults().keys()})  # noqa: SIM118 - a Namespace
+
+
+def _subclasses(class_path: str) -> list[str]:
+    base, found = _import(class_path), set()
+    todo = [] if base is None else [base]
+    while todo:
+        for sub in todo.pop().__subclasses__():
+            todo.append(sub)
+            if not sub.__name__.startswith("_") and not getattr(sub, "__abstractmethods__", None):
+                found.add(sub.__name__)
+    return sorted(found)

@@ -1,0 +1,1 @@
+"""From rows to packed batches: formats, templating, packing, data modules."""

@@ -1,0 +1,36 @@
+"""Rows of the Alpaca kind: an instruction, perhaps an input, and an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of
+
+
+class Alpaca(RowFormat):
+    """`{"instruction": "...", "input": "...", "output": "..."}`; `system` and `history` (pairs of texts) are optional.
+
+    The input follows the instruction after a line break. The answer is `output`.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("instruction", "output")
+
+    @override
+    def __call__(self, row: Mapping[str, Any]) -> Conversation:
+        turns = []
+        if system := text_of(row, "system", required=False):
+            turns.append(Message("system", system))
+        history = row.get("history") or []
+        if not isinstance(history, list | tuple):
+            raise RowError("history", "a list of pairs of texts", history)
+        for number, pair in enumerate(history):
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
+                raise RowError(f"history[{number}]", "a pair of texts", pair)
+            turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+        question = text_of(row, "instruction")
+        if extra := text_of(row, "input", required=False):
+            question = f"{question}\n{extra}"
+        return Conversation((*turns, Message("user", question), Message("assistant", text_of(row, "output"))))

@@ -1,0 +1,145 @@
+"""Rows from files: JSON and JSONL through `datasets`, and the samples that ship with ftlit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ftlit.data.formats import Conversation, Message, RowFormat, detect
+from ftlit.errors import DataError, nearest
+
+SAMPLES = Path(__file__).parent / "samples"
+_SUFFIXES = (".json", ".jsonl")
+
+
+class Source:
+    """The rows of one file.
+
+    Args:
+        name: A `.json` or `.jsonl` file, or `sample:NAME` for rows that ship with ftlit.
+        row_format: How to read a row; chosen from the columns when left out.
+
+    Raises:
+        DataError: If there is no such file, or it is empty or torn.
+    """
+
+    def __init__(self, name: str, row_format: RowFormat | None = None) -> None:
+        self.name = name
+        self.path = _path_of(name)
+        self.rows: Sequence[Mapping[str, Any]] = _read(self.path, name)
+        if not len(self.rows):
+            raise DataError(f"{name} holds no rows.")
+        self.row_format = row_format or detect(_columns(self.rows), name)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def conversation(self, index: int) -> Conversation:
+        """One row as a conversation.
+
+        Raises:
+            DataError: If it cannot be read: file, row, column, what it holds.
+        """
+        with self.at(index):
+            return self.row_format(self.rows[index])
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
+        """Adds file and row (counted from 1) to a `DataError` raised inside."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.name}, row {index + 1}: {error}") from None
+
+
+def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
+    """Replaces each `{{key}}` in the messages by its value."""
+    if not values:
+        return conversation
+    turns = []
+    for role, content in conversation.messages:
+        for key, value in values.items():
+            content = content.replace("{{" + key + "}}", value)
+        turns.append(Message(role, content))
+    return Conversation(tuple(turns))
+
+
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """Puts a system turn before a conversation that has none."""
+    if system is None or conversation.messages[0].role == "system":
+        return conversation
+    return Conversation((Message("system", system), *conversation.messages))
+
+
+def _path_of(name: str) -> Path:
+    if name.startswith("sample:"):
+        path = SAMPLES / f"{name.removeprefix('sample:')}.jsonl"
+        if not path.exists():
+            known = [file.stem for file in SAMPLES.glob("*.jsonl")]
+            raise DataError(f"there is no sample {name!r}: {nearest(path.stem, known)}")
+        return path
+    path = Path(name).expanduser()
+    if not path.exists():
+        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise DataError(f"{name} does not exist (looked in {path.absolute().parent}){hint}")
+    if path.suffix not in _SUFFIXES:
+        raise DataError(
+            f"{name}: rows are read from {' or '.join(_SUFFIXES)} files, got {path.suffix or 'no suffix'!r}."
+        )
+    return path
+
+
+def _read(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
+    if path.stat().st_size == 0:
+        raise DataError(f"{name} is empty.")
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    try:
+        return datasets.load_dataset("json", data_files=str(path), split="train")
+    except Exception:
+        # Arrow wants one type a column and names no row. Python's own reader finds the row, or accepts the mixture.
+        return _read_plainly(path, name)
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _read_plainly(path: Path, name: str) -> list[Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{name}, line {line}: not valid UTF-8 ({error.reason}); save the file as UTF-8.") from None
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{name} is not valid JSON: {error}.") from None
+        numbered = list(enumerate(rows, start=1))
+    else:
+        numbered = []
+        for number, record in enumerate(text.splitlines(), start=1):
+            if record.strip():
+                try:
+                    numbered.append((number, json.loads(record)))
+                except ValueError as error:
+                    raise DataError(f"{name}, row {number}: not valid JSON ({error}).") from None
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise DataError(f"{name}, row {number}: a row must be a JSON object, got {type(row).__name__}.")
+    return [row for _, row in numbered]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = getattr(rows, "column_names", None)
+    return list(names) if names is not None else sorted({name for row in rows for name in row})

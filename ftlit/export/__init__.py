@@ -1,0 +1,1 @@
+"""Opening what a run left behind, and writing it for others."""

@@ -1,0 +1,107 @@
+"""Opens a base model, a run or an adapter folder for use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from ftlit.errors import ConfigError
+from ftlit.models.load import load_lm, load_tokenizer
+from ftlit.peft import Full, PEFTStrategy
+from ftlit.peft.io import is_adapter, load_adapter, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Opened(NamedTuple):
+    """A model ready to generate or to be written.
+
+    Attributes:
+        lm: The model with its trained weights, in eval mode.
+        strategy: The strategy applied to it, or None for a base model.
+        tokenizer: Its tokenizer, with the chat template that it was trained with.
+        base: Name of the base model.
+        system: The system turn of its training rows, if the run set one.
+    """
+
+    lm: PreTrainedModel
+    strategy: PEFTStrategy | None
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    system: str | None = None
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def open_model(name: str, base: str | None = None, which: str = "last") -> Opened:
+    """Opens a model.
+
+    Args:
+        name: A hub id, a model folder, a GGUF file, a run folder, or an adapter folder.
+        base: The base model of an adapter folder, where not the one it names.
+        which: `last` or `best` checkpoint of a run.
+
+    Raises:
+        ConfigError: If it cannot be opened.
+    """
+    if is_run(name):
+        return _open_run(Path(name), which)
+    if is_adapter(name):
+        base = base or read_config(name).get("base_model_name_or_path")
+        if not base:
+            raise ConfigError(f"the adapter in {name} does not name its base model; give --base.")
+        lm = load_lm(base)
+        return Opened(lm.eval(), load_adapter(lm, name), load_tokenizer(base), base)
+    if base is not None:
+        raise ConfigError(f"--base goes with an adapter folder, and {name} is none.")
+    return Opened(load_lm(name).eval(), None, load_tokenizer(name), name)
+
+
+def _open_run(folder: Path, which: str) -> Opened:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = config["model"]["init_args"]
+    data = (config.get("data") or {}).get("init_args", {})
+    path = folder / "checkpoints" / f"{which}.ckpt"
+    if not path.exists():
+        kept = sorted(file.stem for file in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        raise ConfigError(f"run {folder} has no checkpoint {which!r}; it has: {', '.join(kept) or 'none'}.")
+    lm = load_lm(settings["policy"], trust_remote_code=bool(settings.get("trust_remote_code")))
+    strategy = _strategy(settings.get("peft"))
+    strategy.apply(lm)
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
+    tokenizer = load_tokenizer(settings["policy"], bool(settings.get("trust_remote_code")))
+    if data.get("chat_template"):
+        from ftlit.data.templating import ChatTemplate
+
+        ChatTemplate(tokenizer, data["chat_template"])
+    return Opened(lm.eval(), strategy, tokenizer, settings["policy"], data.get("system"))
+
+
+def _strategy(config: dict[str, Any] | None) -> PEFTStrategy:
+    """The strategy that a config describes."""
+    if config is None:
+        return Full()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PEFTStrategy, "peft")
+    return parser.instantiate_classes(parser.parse_object({"peft": config})).peft
+
+
+@torch.no_grad()
+def _copy(lm: PreTrainedModel, strategy: PEFTStrategy, state: dict[str, torch.Tensor], path: Path) -> None:
+    own = strategy.trained(lm)
+    if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in state.items()}:
+        raise ConfigError(f"{path} does not fit the model and strategy in config.yaml; was the base model replaced?")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+__all__ = ["Opened", "is_run", "open_model"]

@@ -1,0 +1,66 @@
+"""Writes a model folder that transformers loads, or an adapter folder that the PEFT library loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ftlit.errors import ConfigError
+from ftlit.export.opening import Opened
+from ftlit.models.load import make_saveable
+from ftlit.peft.io import save_adapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def prepare_folder(to: str | Path) -> Path:
+    """An empty folder to write to.
+
+    Raises:
+        ConfigError: If it already holds something.
+    """
+    folder = Path(to)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} already holds something; give another --to, or delete it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_model(opened: Opened, to: str | Path, dtype: str = "float32") -> None:
+    """Merges the adapter and writes weights (safetensors), config, tokenizer and chat template.
+
+    Args:
+        opened: The model; changed in place.
+        to: An empty folder, or one that does not exist yet.
+        dtype: Type of the written weights, a key of `DTYPES`.
+
+    Raises:
+        ConfigError: If the strategy cannot be merged.
+    """
+    folder = prepare_folder(to)
+    if opened.strategy is not None:
+        opened.strategy.merge(opened.lm)
+    lm = opened.lm.to(DTYPES[dtype])
+    lm.set_attn_implementation("sdpa")
+    make_saveable(lm)
+    lm.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
+
+
+def write_adapter(opened: Opened, to: str | Path) -> None:
+    """Writes the adapter folder.
+
+    Args:
+        opened: The model with its strategy.
+        to: An empty folder, or one that does not exist yet.
+
+    Raises:
+        ConfigError: If there is no adapter, or it has no PEFT format.
+    """
+    if opened.strategy is None:
+        raise ConfigError("a base model has no adapter to export.")
+    base = str(Path(opened.base).resolve()) if Path(opened.base).exists() else opened.base
+    config = opened.strategy.peft_config(opened.lm)  # raises before anything is written
+    assert config
+    save_adapter(opened.strategy, opened.lm, prepare_folder(to), base)

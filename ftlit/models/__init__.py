@@ -1,0 +1,1 @@
+"""Models: loading, segment attention, and the head that scores tokens."""

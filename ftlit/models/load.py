@@ -1,0 +1,137 @@
+"""Where models come from: a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftlit.errors import ConfigError
+from ftlit.models.policy import check_packing, use_segment_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def cache_dir() -> Path:
+    """Where ftlit keeps what it can make again: `$FTLIT_CACHE`, or `~/.cache/ftlit`."""
+    return Path(os.environ.get("FTLIT_CACHE") or Path.home() / ".cache" / "ftlit")
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        name: Hub id, folder, or GGUF file.
+        trust_remote_code: Run tokenizer code that comes with the model.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+
+
+def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model in training mode, its attention switched to packed segments and checked.
+
+    Args:
+        name: Hub id, folder, or GGUF file.
+        dtype: Type of its weights; never left to the checkpoint, whose half precision would lose small updates.
+        trust_remote_code: Run model code that comes with the model.
+
+    Raises:
+        ConfigError: If it cannot be found, read or packed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _explained(name):
+        lm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
+    lm.config.use_cache = True
+    use_segment_attention(lm)
+    check_packing(lm)
+    return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
+
+
+def resolve(name: str) -> str:
+    """A name that transformers can load: a GGUF file (or a folder with nothing else) is converted once and cached.
+
+    Raises:
+        ConfigError: If the name looks like a path that does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            files = sorted(path.glob("*.gguf"))
+            if len(files) == 1:
+                return str(_converted(files[0]))
+            if len(files) > 1:
+                names = ", ".join(file.name for file in files[:4])
+                raise ConfigError(f"model folder {name} holds several GGUF files ({names}); name one of them.")
+            raise ConfigError(f"model folder {name} holds neither a config.json nor a GGUF file.")
+        return str(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"model {name} is a file but no .gguf; give the folder that holds config.json.")
+        return str(_converted(path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+        raise ConfigError(f"model {name} does not exist (looked in {Path.cwd()}).")
+    return name
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers raises for a model that cannot be had into one sentence."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model {name!r} cannot be loaded: {first} Give a hub id that can be reached, a folder with config.json, "
+            "or a GGUF file."
+        ) from error
+
+
+def _converted(gguf: Path) -> Path:
+    """The transformers folder made from a GGUF file, once for each content."""
+    stat = gguf.stat()
+    with gguf.open("rb") as file:
+        head = file.read(1 << 20)
+    key = hashlib.sha256(head + f"{stat.st_size}".encode()).hexdigest()[:16]
+    target = cache_dir() / "gguf" / f"{gguf.stem}-{key}"
+    if target.exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"converting {gguf.name} once (kept in {target})", flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        make_saveable(lm)
+        folder = Path(scratch) / "model"
+        lm.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        try:
+            os.replace(folder, target)  # another process may have been faster
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def make_saveable(lm: Any) -> None:
+    """Removes the marks of a quantized file from a model whose weights are plain numbers again."""
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+    lm.hf_quantizer = None
+    lm.is_quantized = False

@@ -1,0 +1,151 @@
+"""The trained model: a transformers causal language model with a strategy applied, scoring packed batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ftlit.batch import Example, PackedBatch, pack
+from ftlit.errors import ConfigError
+from ftlit.models.attention import NAME, packed_mask
+from ftlit.models.score import Head, TokenScores, token_scores
+from ftlit.peft.base import PEFTStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Policy(nn.Module):
+    """Runs packed batches through a causal language model.
+
+    `score` is a method of the root module, not a function on its parts, so that FSDP2 can gather the root's weights
+    (embedding and output layer) around it: `register_fsdp_forward_method(policy, "score")`.
+
+    Args:
+        lm: A transformers causal language model; the strategy is applied to it here.
+        strategy: What is trained.
+
+    Raises:
+        ConfigError: If the model's attention cannot run packed segments.
+    """
+
+    def __init__(self, lm: PreTrainedModel, strategy: PEFTStrategy) -> None:
+        super().__init__()
+        use_segment_attention(lm)
+        strategy.apply(lm)
+        self.lm = lm
+        self.strategy = strategy
+
+    def score(self, batch: PackedBatch) -> TokenScores:
+        """Scores every target of a micro-batch.
+
+        Args:
+            batch: The micro-batch as the loader made it.
+
+        Returns:
+            Log-probability (nats) and top-1 hit of each target, `[N]`.
+        """
+        batch = self.strategy.prepare(self.lm, batch)
+        return score_packed(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        """The same as `score`."""
+        return self.score(batch)
+
+
+def score_packed(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: Any) -> TokenScores:
+    """Scores every target of a prepared micro-batch with a bare model.
+
+    Args:
+        lm: A causal language model switched to packed attention.
+        batch: The micro-batch; its `inputs_embeds` are used where it has them.
+        attention_kwargs: What every attention layer gets besides the segments.
+    """
+    inputs = {"input_ids": batch.input_ids} if batch.inputs_embeds is None else {"inputs_embeds": batch.inputs_embeds}
+    hidden = lm.base_model(
+        **inputs,
+        position_ids=batch.position_ids,
+        attention_mask=packed_mask(batch.input_ids.device),
+        use_cache=False,
+        segments=batch.segments,
+        **attention_kwargs,
+    ).last_hidden_state[0]
+    # index_select: branches of one prompt share its last token, and only this backward is repeatable then.
+    return token_scores(hidden.index_select(0, batch.target_positions), head_of(lm), batch.target_ids)
+
+
+def head_of(lm: PreTrainedModel) -> Head:
+    """The output layer of a causal language model with what its config does to the logits.
+
+    Raises:
+        ConfigError: If the model has no plain linear output layer.
+    """
+    linear = lm.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        kind = "no output layer" if linear is None else f"a {type(linear).__name__} as output layer"
+        raise ConfigError(f"{type(lm).__name__} has {kind}; ftlit trains causal language models with a linear one.")
+    config = lm.config
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:
+        scale /= float(config.logits_scaling)
+    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def use_segment_attention(lm: PreTrainedModel) -> None:
+    """Switches a model to packed attention.
+
+    Raises:
+        ConfigError: If the model has layers whose attention pattern packing does not implement.
+    """
+    layers = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if layers:
+        raise ConfigError(
+            f"{type(lm).__name__} has {', '.join(sorted(layers))} layers, which packing does not support."
+        )
+    try:
+        lm.set_attn_implementation(NAME)
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"{type(lm).__name__} cannot use packed attention: {error}") from None
+
+
+@torch.no_grad()
+def check_packing(lm: PreTrainedModel) -> None:
+    """Runs two tiny examples packed and one at a time through the model's own logits; they must agree.
+
+    Catches models that ignore the segments, and output layers that do more than ftlit knows of, before anything is
+    trained on wrong numbers. Costs three forward passes of a few tokens.
+
+    Args:
+        lm: The model, attention already switched, no strategy applied.
+
+    Raises:
+        ConfigError: If the two disagree.
+    """
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    device = lm.get_input_embeddings().weight.device
+    rows = [[(7 * i + 3 * j + 1) % vocabulary for j in range(length)] for i, length in enumerate((3, 5))]
+    batch = pack([Example(row, [0] + [1] * (len(row) - 1)) for row in rows]).to(device)
+    was, _ = lm.training, lm.eval()
+    try:
+        packed = score_packed(lm, batch).logps
+        singly = []
+        for row in rows:
+            ids = torch.tensor([row], device=device)
+            logits = lm(input_ids=ids, use_cache=False).logits[0, :-1]
+            logps = torch.log_softmax(logits.to(packed.dtype), dim=-1)
+            singly.append(logps.gather(1, ids[0, 1:, None])[:, 0])
+    except TypeError as error:
+        raise ConfigError(f"{type(lm).__name__} cannot run packed batches: {error}") from None
+    finally:
+        lm.train(was)
+    tolerance = 1e-3 if packed.dtype != torch.float32 or lm.dtype == torch.float32 else 0.25
+    worst = (packed - torch.cat(singly)).abs().max().item()
+    if not worst <= tolerance:
+        raise ConfigError(
+            f"{type(lm).__name__} gives other log-probabilities packed than one example at a time "
+            f"(off by {worst:.3g} nats); ftlit cannot train it correctly yet."
+        )

@@ -1,0 +1,1 @@
+"""Formulas on tensors: no model, no batch, no trainer in here."""

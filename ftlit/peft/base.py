@@ -1,0 +1,246 @@
+"""The contract of a parameter-efficient strategy, and the change it makes to each weight."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ftlit.batch import PackedBatch
+from ftlit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Change(ABC):
+    """How one weight of the model differs from what it was when the run started.
+
+    Drift, penalties, merging and interpolation are derived from this and nothing else.
+
+    Attributes:
+        name: Name of the weight in the unadapted model, such as `model.layers.0.self_attn.q_proj.weight`.
+        shape: Its shape.
+    """
+
+    name: str
+    shape: torch.Size
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """An upper bound of the rank of the change (its number of entries where it is not a matrix)."""
+
+    @abstractmethod
+    def materialize(self) -> Tensor:
+        """The change as a dense tensor of `shape`; carries the gradient to the trained parameters."""
+
+    @abstractmethod
+    def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
+        """Squared Frobenius norm of the change, differentiable.
+
+        Args:
+            second_moment: `C = E[x x^T]` of the layer's input, `[in, in]`; then `tr(change C change^T)`, the mean
+                squared size of what the change adds to the layer's output, is returned instead.
+        """
+
+
+class DenseChange(Change):
+    """A change known entry by entry.
+
+    Args:
+        name: Name of the weight.
+        delta: The change.
+    """
+
+    def __init__(self, name: str, delta: Tensor) -> None:
+        self.name, self.shape, self.delta = name, delta.shape, delta
+
+    @override
+    @property
+    def rank(self) -> int:
+        return min(self.shape) if len(self.shape) == 2 else self.shape.numel()
+
+    @override
+    def materialize(self) -> Tensor:
+        return self.delta
+
+    @override
+    def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
+        if second_moment is None:
+            return self.delta.square().sum()
+        return (self.delta @ second_moment * self.delta).sum()
+
+
+class LowRankChange(Change):
+    """`scale * up @ down`, never built for its norm: `||s B A||^2 = s^2 sum((A A^T) * (B^T B))`, an `r x r` product.
+
+    Args:
+        name: Name of the weight.
+        down: A, `[r, in]`.
+        up: B, `[out, r]`.
+        scale: Factor on the product.
+    """
+
+    def __init__(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
+        self.name, self.down, self.up, self.scale = name, down, up, scale
+        self.shape = torch.Size((up.shape[0], down.shape[1]))
+
+    @override
+    @property
+    def rank(self) -> int:
+        return min(self.down.shape[0], *self.shape)
+
+    @override
+    def materialize(self) -> Tensor:
+        return self.scale * (self.up @ self.down)
+
+    @override
+    def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
+        down = self.down if second_moment is None else self.down @ second_moment
+        return self.scale**2 * ((down @ self.down.t()) * (self.up.t() @ self.up)).sum()
+
+
+class PEFTStrategy(ABC):
+    """What is trained, and how it enters the model.
+
+    A strategy holds settings, not weights: its parameters live in the model, so that every Lightning strategy can
+    shard, move and save them. Subclass it in a file of your own and name the class in the YAML; `apply`, `changes` and
+    `start` are what every strategy must have. `ftlit.testing.PEFTStrategySuite` tests a subclass in four lines.
+    """
+
+    peft_type: ClassVar[str | None] = None
+    """The PEFT library's name of the method in `adapter_config.json`; None where that library has no such method."""
+
+    mergeable: ClassVar[bool] = True
+    """Whether the adapter can be folded into the weights of the model."""
+
+    trains_base: ClassVar[bool] = False
+    """Whether weights of the model itself are trained: they are then loaded in float32 under mixed precision."""
+
+    active: bool = True
+    """False inside `start`: the strategy then adds nothing."""
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel) -> None:
+        """Freezes what is not trained and adds what is.
+
+        Args:
+            model: A transformers causal language model, changed in place.
+
+        Raises:
+            ConfigError: If the model has nothing that this strategy could train.
+        """
+
+    def prepare(self, model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
+        """Changes the inputs of a micro-batch (virtual tokens, shifted positions).
+
+        Args:
+            model: The model that `apply` changed.
+            batch: The micro-batch.
+
+        Returns:
+            The batch to run instead; `target_positions` must still point at the states that predict the targets.
+        """
+        return batch
+
+    def attention_kwargs(self, model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+        """Arguments that every attention layer gets for this micro-batch, such as `prefix_kv`."""
+        return {}
+
+    def generation_kwargs(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """Arguments for `model.generate` instead of `input_ids` and `attention_mask`.
+
+        Args:
+            model: The model.
+            input_ids: Left-padded prompts, int64 `[B, T]`.
+            attention_mask: 1 where a prompt is, `[B, T]`.
+        """
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    @abstractmethod
+    def changes(self, model: PreTrainedModel) -> Iterator[Change]:
+        """Yields one `Change` for each weight that training has moved; nothing for prompt-like strategies."""
+
+    def num_changed(self, model: PreTrainedModel) -> int:
+        """How many parameters of the model itself training can change (a LoRA of rank 8 changes whole matrices)."""
+        return sum(math.prod(change.shape) for change in self.changes(model))
+
+    def remember_start(self, model: PreTrainedModel) -> None:  # noqa: B027 - optional
+        """Copies what training will overwrite; whoever will ask for `start` or `changes` calls it before training.
+
+        Calling it again does nothing.
+        """
+
+    @abstractmethod
+    def start(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Context in which the model is exactly as it was when this run started."""
+
+    def trained(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """The trained parameters by their names in the model."""
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The trained tensors under the names that the adapter file uses."""
+        return {name: parameter.detach() for name, parameter in self.trained(model).items()}
+
+    @torch.no_grad()
+    def load(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+        """Copies a `state` back.
+
+        Args:
+            model: A model to which the strategy has been applied.
+            state: What `state` returned, or the tensors of an adapter file.
+
+        Raises:
+            ConfigError: If names or shapes differ: nothing is loaded then.
+        """
+        own = self.state(model)
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            wrong = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors have no place"
+            raise ConfigError(
+                f"this adapter does not belong to this model: {wrong}, for example {(missing or unknown)[0]!r}. "
+                "Give the base model it was trained on."
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ConfigError(
+                    f"this adapter does not belong to this model: {name!r} has shape {list(state[name].shape)}, "
+                    f"the model needs {list(tensor.shape)}. Give the base model it was trained on."
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """Folds the adapter into the weights and removes every trace of it, in place.
+
+        Raises:
+            ConfigError: If the strategy cannot be folded.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot be merged into the weights; use its adapter folder (ftlit export --adapter)."
+        )
+
+    def peft_config(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The fields of `adapter_config.json` that describe this strategy on this model."""
+        raise ConfigError(f"{type(self).__name__} has no PEFT adapter format; export the merged model instead.")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PEFTStrategy:
+        """The strategy that an adapter folder describes.
+
+        Args:
+            config: Its `adapter_config.json`.
+            state: Its tensors; read for names and shapes only.
+
+        Raises:
+            ConfigError: If it uses a feature that ftlit does not have.
+        """
+        raise ConfigError(f"{cls.__name__} cannot be read from a PEFT adapter folder.")

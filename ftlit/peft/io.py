@@ -1,0 +1,114 @@
+"""Adapter folders in the PEFT library's format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ftlit.errors import ConfigError
+from ftlit.peft.base import PEFTStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a path is an adapter folder."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def save_adapter(strategy: PEFTStrategy, model: PreTrainedModel, folder: str | Path, base: str) -> None:
+    """Writes an adapter folder that ftlit and `peft.PeftModel.from_pretrained` read.
+
+    Args:
+        strategy: The strategy that was applied to the model.
+        model: The model.
+        folder: Where to write; made if needed.
+        base: Name or path of the base model, for `base_model_name_or_path`.
+
+    Raises:
+        ConfigError: If the strategy has no such format.
+    """
+    config = {
+        **strategy.peft_config(model),
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in strategy.state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a folder.
+
+    Raises:
+        ConfigError: If there is none, or it is not JSON.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is not an adapter folder: it has no {CONFIG}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+    return config
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PEFTStrategy:
+    """Applies the strategy that an adapter folder describes and loads its weights.
+
+    Args:
+        model: The base model, changed in place.
+        folder: A folder written by ftlit or by the PEFT library.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ConfigError: If the folder cannot be read, its method is unknown, or it belongs to another model.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no {WEIGHTS}; the adapter was not written completely.") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is torn or no safetensors file ({error}).") from None
+    strategy = _class_of(config).from_peft(config, state)
+    try:
+        strategy.apply(model)
+    except ConfigError as error:
+        raise ConfigError(f"the adapter in {folder} does not belong to this model: {error}") from None
+    strategy.load(model, state)
+    return strategy
+
+
+def _class_of(config: dict[str, Any]) -> type[PEFTStrategy]:
+    kinds = {cls.peft_type: cls for cls in _subclasses(PEFTStrategy) if cls.peft_type}
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        raise ConfigError(f"adapter method {kind!r} is not one that ftlit has: {', '.join(sorted(kinds))}.")
+    return kinds[kind]
+
+
+def _subclasses(cls: Any) -> Iterator[type[PEFTStrategy]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+__all__ = ["CONFIG", "WEIGHTS", "is_adapter", "load_adapter", "read_config", "save_adapter"]

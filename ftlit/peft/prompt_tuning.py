@@ -1,0 +1,146 @@
+"""Prompt tuning: trained embeddings before every example (Lester et al. 2021, arXiv:2104.08691)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ftlit.batch import PackedBatch, Segments
+from ftlit.errors import ConfigError
+from ftlit.peft.base import Change, PEFTStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARAMETER = "prompt_embeddings"
+
+
+class VirtualTokens(PEFTStrategy):
+    """What prompt tuning and prefix tuning share: one trained matrix at the root of a frozen model.
+
+    Args:
+        num_virtual_tokens: Rows of the matrix, P.
+
+    Raises:
+        ConfigError: If there is not at least one virtual token.
+    """
+
+    mergeable: ClassVar[bool] = False
+
+    def __init__(self, num_virtual_tokens: int) -> None:
+        if num_virtual_tokens < 1:
+            raise ConfigError(
+                f"{type(self).__name__} needs num_virtual_tokens of at least 1, got {num_virtual_tokens}."
+            )
+        self.num_virtual_tokens = num_virtual_tokens
+
+    def _attach(self, model: PreTrainedModel, values: Tensor) -> None:
+        model.requires_grad_(False)
+        model.register_parameter(PARAMETER, nn.Parameter(values))
+
+    @staticmethod
+    def _matrix(model: PreTrainedModel) -> Tensor:
+        return model.get_parameter(PARAMETER)
+
+    @override
+    def changes(self, model: PreTrainedModel) -> Iterator[Change]:
+        return iter(())
+
+    @override
+    @contextmanager
+    def start(self, model: PreTrainedModel) -> Iterator[None]:
+        was, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = was
+
+    @override
+    def peft_config(self, model: PreTrainedModel) -> dict[str, Any]:
+        config = model.config
+        return {
+            "peft_type": self.peft_type,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": 1,
+            "num_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "token_dim": config.hidden_size,
+        }
+
+    @override
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PEFTStrategy:
+        if set(state) != {PARAMETER}:
+            raise ConfigError(f"a {cls.peft_type} adapter holds one tensor {PARAMETER!r}, got {sorted(state)}.")
+        return cls(num_virtual_tokens=state[PARAMETER].shape[0])
+
+
+class PromptTuning(VirtualTokens):
+    """Trains P embeddings that every example sees before its first token.
+
+    They start as embeddings of randomly chosen tokens of the vocabulary, which the paper found better than noise.
+
+    Args:
+        num_virtual_tokens: Trained embeddings, P.
+    """
+
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+
+    def __init__(self, num_virtual_tokens: int = 20) -> None:
+        super().__init__(num_virtual_tokens)
+
+    @override
+    def apply(self, model: PreTrainedModel) -> None:
+        embed = model.get_input_embeddings()
+        chosen = torch.randint(embed.weight.shape[0], (self.num_virtual_tokens,))
+        with torch.no_grad():
+            values = embed(chosen.to(embed.weight.device))
+        self._attach(model, values.to(torch.promote_types(values.dtype, torch.float32)).clone())
+
+    def prepare(self, model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
+        """Puts the P embeddings before each segment that has no parent and moves positions and targets along."""
+        if not self.active:
+            return batch
+        virtual, segments = self.num_virtual_tokens, batch.segments
+        device = batch.input_ids.device
+        embeds = model.get_input_embeddings()(batch.input_ids)[0]
+        prompt = self._matrix(model).to(embeds.dtype)
+        own = torch.arange(virtual, device=device)
+        rows, positions, shifts, lengths = [], [], [], []
+        shift = 0
+        for offset, length, parent in zip(segments.offsets, segments.lengths, segments.parents, strict=True):
+            if parent < 0:
+                rows.append(own)
+                positions.append(own)
+                shift += virtual
+            rows.append(torch.arange(virtual + offset, virtual + offset + length, device=device))
+            positions.append(batch.position_ids[0, offset : offset + length] + virtual)
+            shifts.append(shift)
+            lengths.append(length + (virtual if parent < 0 else 0))
+        # index_select, not fancy indexing: the prompt's rows repeat, and only its backward is repeatable.
+        inputs = torch.cat([prompt, embeds]).index_select(0, torch.cat(rows))
+        moved = torch.tensor(shifts, device=device)[batch.target_segments]
+        return batch.replace(
+            inputs_embeds=inputs[None],
+            position_ids=torch.cat(positions)[None],
+            segments=Segments(lengths, segments.parents),
+            target_positions=batch.target_positions + moved,
+        )
+
+    @override
+    def generation_kwargs(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        if not self.active:
+            return super().generation_kwargs(model, input_ids, attention_mask)
+        embeds = model.get_input_embeddings()(input_ids)
+        prompt = self._matrix(model).to(embeds.dtype).expand(len(input_ids), -1, -1)
+        ones = attention_mask.new_ones(len(input_ids), self.num_virtual_tokens)
+        # Left-padded rows: the prompt stands before the padding, positions skip what is masked.
+        return {
+            "inputs_embeds": torch.cat([prompt, embeds], dim=1),
+            "attention_mask": torch.cat([ones, attention_mask], dim=1),
+        }

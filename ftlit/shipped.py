@@ -1,0 +1,55 @@
+"""Where the shipped configs are, and what `--config sft` means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftlit.errors import ConfigError, nearest
+
+_PACKAGE = Path(__file__).parent
+
+
+def config_dir() -> Path:
+    """The folder of the shipped configs: inside an installed package, or beside it in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """Names of the shipped configs, such as `sft` and `peft/lora`."""
+    root = config_dir()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def resolve(name: str) -> str:
+    """The file behind a `--config` argument: a file as given, else a shipped one by name.
+
+    Args:
+        name: A path, or `sft`, `peft/lora`, `configs/sft.yaml`.
+
+    Raises:
+        ConfigError: If there is neither; says which name comes nearest.
+    """
+    if Path(name).is_file():
+        return name
+    short = Path(name).with_suffix("").as_posix().removeprefix("configs/")
+    shipped = config_dir() / f"{short}.yaml"
+    if shipped.is_file():
+        return str(shipped)
+    raise ConfigError(f"config {name!r} is neither a file nor a shipped config: {nearest(short, names())}")
+
+
+def resolve_all(args: list[str]) -> list[str]:
+    """Command-line arguments with every `--config` (or `-c`) resolved.
+
+    Raises:
+        ConfigError: If one does not exist.
+    """
+    out: list[str] = []
+    for argument in args:
+        if out and out[-1] in ("--config", "-c"):
+            argument = resolve(argument)
+        elif argument.startswith("--config="):
+            argument = f"--config={resolve(argument.removeprefix('--config='))}"
+        out.append(argument)
+    return out

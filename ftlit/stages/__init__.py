@@ -1,0 +1,6 @@
+"""Stages: LightningModules, one a kind of training. Importing this package makes their short names known."""
+
+from ftlit.stages.base import Stage
+from ftlit.stages.sft import SFT
+
+__all__ = ["SFT", "Stage"]

@@ -1,0 +1,320 @@
+"""What every stage shares: the policy, the optimizer, one optimizer step a batch, checkpoints of what is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ftlit.batch import PackedBatch, StepBatch, StepTotals
+from ftlit.errors import ConfigError
+from ftlit.models.load import load_lm, load_tokenizer
+from ftlit.models.policy import Policy
+from ftlit.peft import Full, PEFTStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class MicroLoss(NamedTuple):
+    """What a stage says of one micro-batch.
+
+    Attributes:
+        loss: Sum of the losses of its targets or pairs, not divided by anything; carries the gradient.
+        sums: Sums over the micro-batch that become step metrics when divided by the step's weight.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+
+
+class Stage(L.LightningModule):
+    """Base of all stages.
+
+    A batch is one optimizer step, cut into micro-batches: all but the last are run and differentiated inside
+    `training_step`, the last is returned to Lightning, which differentiates it and steps. So `max_steps`,
+    `val_check_interval`, `log_every_n_steps`, schedules, callbacks and checkpoints count optimizer steps, and a
+    checkpoint cannot fall between two micro-batches. The gradient is that of the sum over the whole step, divided once
+    by the planned weight of the whole step: how the step is cut over micro-batches and ranks does not matter.
+
+    Args:
+        policy: The model to train: a hub id, a folder, a GGUF file, or a transformers model built in Python (then set
+            `stage.tokenizer`).
+        peft: What is trained; every weight when left out.
+        lr: Peak learning rate.
+        weight_decay: AdamW's decay of the trained parameters toward zero.
+        betas: AdamW's decay rates of the gradient's moments.
+        warmup: Linear warm-up: optimizer steps if 1 or more, else a share of all steps.
+        schedule: What the rate does after the warm-up.
+        min_lr: The rate at the end of a `cosine` or `linear` schedule, as a share of `lr`.
+        optimizer: Makes another optimizer than AdamW; `lr`, `weight_decay` and `betas` are then its own business.
+        lr_scheduler: Makes another schedule, stepped once an optimizer step.
+        gradient_checkpointing: Recompute activations in backward: about 1.5 times slower, far less memory.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel,
+        peft: PEFTStrategy | None = None,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup: float = 0.03,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        min_lr: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr <= 0 or warmup < 0 or not 0 <= min_lr <= 1:
+            raise ConfigError(f"lr must be positive, warmup >= 0, min_lr in [0, 1]; got {lr}, {warmup}, {min_lr}.")
+        self.source = policy
+        self.strategy = peft or Full()
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup, self.schedule, self.min_lr = warmup, schedule, min_lr
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
+        self.policy: Policy | None = None
+        self.accumulate = 1
+        self.grad_norm: Tensor | None = None
+        self.step_metrics: dict[str, float] = {}
+        self.strict_loading = (
+            False  # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
+        )
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._started = self._lr = 0.0
+        self._totals = StepTotals(0.0, 0, 0, 0)
+        self._means: dict[str, float] = {}
+
+    # ---- what a stage says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def micro_loss(self, batch: PackedBatch) -> MicroLoss:
+        """Loss and metrics of one micro-batch, as sums."""
+
+    @abstractmethod
+    def total(self, totals: StepTotals) -> float:
+        """What the sums of a step are divided by: the weight of its targets, or the number of its pairs."""
+
+    # ---- the model ------------------------------------------------------------------------------------------------
+
+    @property
+    def name_of_policy(self) -> str:
+        """The model as it was named, or the name its config carries."""
+        return self.source if isinstance(self.source, str) else str(getattr(self.source.config, "name_or_path", ""))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer.
+
+        Raises:
+            ConfigError: If the policy was built in Python and no tokenizer was set.
+        """
+        if self._tokenizer is None:
+            if not isinstance(self.source, str):
+                raise ConfigError("a policy built in Python has no tokenizer: set stage.tokenizer.")
+            self._tokenizer = load_tokenizer(self.source, self.trust_remote_code)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def configure_model(self) -> None:
+        """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
+        if self.policy is not None:
+            return
+        if isinstance(self.source, str):
+            lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
+        else:
+            lm = self.source
+        if self.gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+            lm.enable_input_require_grads()
+        self.policy = Policy(lm, self.strategy).train()
+
+    def _load_dtype(self) -> torch.dtype:
+        """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
+        precision = str(getattr(self._trainer, "precision", "32-true"))
+        kind, _, mode = precision.partition("-")
+        if kind == "64":
+            return torch.float64
+        half = {"bf16": torch.bfloat16, "16": torch.float16}.get(kind)
+        return half if half is not None and (mode == "true" or not self.strategy.trains_base) else torch.float32
+
+    # ---- the optimizer --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and decay, or what the config makes instead."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.make_optimizer is not None:
+            optimizer = self.make_optimizer(parameters)
+        else:
+            # A gradient scaler and the fused step do not go together: the step would see scaled gradients.
+            fused = str(self.trainer.precision) != "16-mixed"
+            optimizer = torch.optim.AdamW(
+                parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused
+            )
+        if self.make_scheduler is not None:
+            scheduler: Any = self.make_scheduler(optimizer)
+        elif self.make_optimizer is not None:
+            return optimizer
+        else:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate(self.num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, from the plan."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "planner"):
+            return int(self.trainer.estimated_stepping_batches)
+        if self.trainer.max_epochs == -1:
+            return max(1, self.trainer.max_steps)
+        an_epoch = len(data.planner(self.accumulate, self.trainer.world_size))
+        limit = self.trainer.limit_train_batches
+        an_epoch = min(an_epoch, limit) if isinstance(limit, int) else int(an_epoch * limit)
+        total = an_epoch * (1 if self.trainer.max_epochs is None else self.trainer.max_epochs)
+        return max(1, total if self.trainer.max_steps < 0 else min(total, self.trainer.max_steps))
+
+    def rate(self, total: int) -> Any:
+        """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
+        warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            done = min(1.0, (step - warmup) / max(1, total - warmup))
+            if self.schedule == "constant":
+                return 1.0
+            shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
+            return self.min_lr + (1 - self.min_lr) * shape
+
+        return factor
+
+    # ---- one optimizer step ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
+        if stage == "fit":
+            self.accumulate = self.trainer.accumulate_grad_batches
+            self.trainer.accumulate_grad_batches = 1
+
+    def teardown(self, stage: str) -> None:
+        """Gives the Trainer its setting back."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = self.accumulate
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """One optimizer step; returns the loss of its last micro-batch with the gradient still to be taken."""
+        self._started = time.perf_counter()
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # Lightning moves it on before the step is logged
+        # DDP averages over ranks; the sum over all ranks is wanted.
+        scale = self.trainer.world_size / self.total(batch.totals)
+        sums: dict[str, Tensor] = {}
+        for number, micro in enumerate(batch.micro_batches, start=1):
+            result = self.micro_loss(micro)
+            for name, value in result.sums.items():
+                sums[name] = sums[name] + value if name in sums else value
+            loss = result.loss * scale
+            if number < len(batch.micro_batches):
+                self.trainer.strategy.backward(loss, None)
+        self._means, self._totals = self._reduce(sums, batch), batch.totals
+        return loss
+
+    def _reduce(self, sums: dict[str, Tensor], batch: StepBatch) -> dict[str, float]:
+        """Means over the whole step, from all ranks.
+
+        Raises:
+            FloatingPointError: On every rank alike, before the weights are touched, if the loss is not a finite number.
+        """
+        names = sorted(sums)
+        values = torch.stack([sums[name].detach().double() for name in names])
+        values = self.trainer.strategy.reduce(values, reduce_op="sum") / self.total(batch.totals)
+        means = dict(zip(names, values.tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            rows = [row for micro in batch.micro_batches for row in micro.examples]
+            raise FloatingPointError(
+                f"the loss of optimizer step {self.trainer.global_step + 1} is {means['loss']} (training examples "
+                f"{rows}); lower model.lr, or look at these rows with `ftlit data`."
+            )
+        return means
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning calls this after the forward pass, when earlier micro-batches already left gradients."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the Trainer was told, and keeps the norm from before for the log."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(
+                [p for p in self.parameters() if p.grad is not None], gradient_clip_val, self.grad_norm
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
+        super().optimizer_step(*args, **kwargs)
+        totals, seconds = self._totals, time.perf_counter() - self._started
+        self.step_metrics = {
+            **{f"train/{name}": value for name, value in self.step_summary(self._means).items()},
+            "train/lr": self._lr,
+            "train/grad_norm": float("nan") if self.grad_norm is None else self.grad_norm.item(),
+            "train/tokens_per_s": totals.tokens / seconds,
+            "train/trained_tokens_per_s": totals.targets / seconds,
+        }
+
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        """Logs the step: means over all its targets on all ranks, speed, rate, gradient norm."""
+        for name, value in self.step_metrics.items():
+            shown = name in ("train/loss", "train/tokens_per_s")
+            self.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)
+        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True  # so that Lightning validates the last step too, in the middle of an epoch
+
+    def step_summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The step metrics made from the means of `MicroLoss.sums`."""
+        return means
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trained weights; the frozen base is where it came from."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that lacks a trained weight or has one more: Lightning would pass over both."""
+        self.configure_model()
+        trained = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        if trained != saved:
+            wrong = sorted(set(trained.items()) ^ set(saved.items()))[0][0]
+            raise ConfigError(
+                f"the checkpoint does not fit this model and strategy: {wrong!r} is {list(saved.get(wrong, ()))} in "
+                f"the checkpoint and {list(trained.get(wrong, ()))} here. Use the config.yaml of the run it belongs to."
+            )

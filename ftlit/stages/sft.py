@@ -1,0 +1,117 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ftlit.batch import PackedBatch, StepTotals
+from ftlit.metrics import TokenNLL
+from ftlit.objectives.sft import CrossEntropy, TokenObjective
+from ftlit.rollout.generate import generate
+from ftlit.stages.base import MicroLoss, Stage
+
+MAIN = "main"
+
+
+class SFT(Stage):
+    """Trains the answers of conversations.
+
+    Args:
+        args: Arguments of every stage.
+        objective: Loss of each trained token; cross-entropy when left out.
+        max_new_tokens: Most tokens of an answer of `ftlit predict`.
+        kwargs: Arguments of every stage.
+    """
+
+    def __init__(
+        self, *args: Any, objective: TokenObjective | None = None, max_new_tokens: int = 256, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_new_tokens = max_new_tokens
+        self.objective = objective or CrossEntropy()
+        self.metrics = nn.ModuleDict()
+        self.start_metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
+
+    def micro_loss(self, batch: PackedBatch) -> MicroLoss:
+        """Weighted sum of the token losses."""
+        assert self.policy is not None
+        scores = self.policy(batch)
+        weights = batch.target_weights.to(scores.logps.dtype)
+        logps = scores.logps.detach()
+        return MicroLoss(
+            loss=(self.objective(scores.logps) * weights).sum(),
+            sums={"loss": -(logps * weights).sum(), "accuracy": (scores.correct * weights).sum()},
+        )
+
+    def total(self, totals: StepTotals) -> float:
+        """The weight of the step's trained tokens."""
+        return totals.weight
+
+    def step_summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds the perplexity."""
+        return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
+
+    # ---- validation and test --------------------------------------------------------------------------------------
+
+    def _names(self, loop: str) -> list[str]:
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
+        return names if loop == "val" and names else [MAIN]
+
+    def _reset(self, loop: str) -> None:
+        self.metrics = nn.ModuleDict({name: TokenNLL() for name in self._names(loop)}).to(self.device)
+
+    def _update(self, loop: str, batch: PackedBatch, number: int) -> None:
+        assert self.policy is not None
+        scores = self.policy(batch)
+        metric: Any = self.metrics[self._names(loop)[number]]
+        metric.update(scores.logps, scores.correct, batch.target_weights)
+
+    def _log(self, loop: str) -> None:
+        values: dict[str, float] = {}
+        metrics: Any = self.metrics
+        for name, metric in metrics.items():
+            place = loop if name == MAIN else f"{loop}/{name}"
+            values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
+        self.last_metrics = values
+        if self.trainer.sanity_checking:
+            # The whole validation runs once before training: where the run starts from.
+            self.start_metrics = values
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**values}, step=0)
+            return
+        for key, value in values.items():
+            self.log(key, value, prog_bar=key == "val/loss", sync_dist=False, rank_zero_only=False, batch_size=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the counts anew."""
+        self._reset("val")
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Counts one micro-batch."""
+        self._update("val", batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/loss`, `val/perplexity`, `val/accuracy`, and `val/NAME/...` of other sets."""
+        self._log("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Starts the counts anew."""
+        self._reset("test")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Counts one micro-batch."""
+        self._update("test", batch, 0)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/loss`, `test/perplexity`, `test/accuracy`."""
+        self._log("test")
+
+    def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[str]:
+        """Answers some prompts greedily."""
+        assert self.policy is not None
+        answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, max_new_tokens=self.max_new_tokens)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]

@@ -1,0 +1,94 @@
+"""Tiny random models and a tiny tokenizer, built in code: no network, no files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+# Settings that differ from the common ones; together they cover grouped heads, biases on projections, query-key norms,
+# sliding windows shorter than the test rows, soft-caps on attention and logits, logit scales, tied and untied heads.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama_untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {"sliding_window": 5, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "granite": ("GraniteConfig", {"logits_scaling": 4.0}),
+}
+
+
+def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> nn.Module:
+    """A random two-layer causal language model of width 16.
+
+    Args:
+        family: A key of `FAMILIES`.
+        dtype: Type of its weights.
+        seed: Seed of its weights; the global generator is left as it was.
+        config: Fields of the transformers config to change.
+
+    Returns:
+        The model in training mode. Its weights are larger than a trained model's, so that positions and masks matter.
+    """
+    import transformers
+
+    name, fields = FAMILIES[family]
+    settings = getattr(transformers, name)(**{**_COMMON, **fields, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return lm.train()
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens whose pad token is its end token, as SmolLM2's is.
+
+    Args:
+        chat_template: A Jinja chat template; ChatML when left out.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.chat_template = chat_template
+    return fast

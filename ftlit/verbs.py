@@ -1,0 +1,182 @@
+"""The verbs that use a model: generate, chat, export; and the list of shipped configs.
+
+Arguments are parsed with the standard library, so help and mistakes answer before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ftlit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftlit.data.formats import Message
+    from ftlit.export.opening import Opened
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('ftlit ')}: {message} (ftlit {self.prog.split()[-1]} --help).")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
+    parser.add_argument("--base", help="base model of an adapter folder, where not the one it names")
+    parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run (default: last)")
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", help="system turn; a run's own when left out, '' for none")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+
+
+def run(args: list[str]) -> int:
+    """Runs one of these verbs.
+
+    Args:
+        args: The verb and its options.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        FtlitError: For whatever the user can mend.
+    """
+    return {"generate": _generate, "chat": _chat, "export": _export, "configs": _configs}[args[0]](args[1:])
+
+
+def _configs(args: list[str]) -> int:
+    from ftlit.shipped import config_dir, names
+
+    _Parser("ftlit configs", description="List the shipped configs.").parse_args(args)
+    for name in names():
+        first = (config_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<22} {first.removeprefix('# ') if first.startswith('#') else ''}")
+    return 0
+
+
+def _open(options: argparse.Namespace) -> Opened:
+    _quiet()
+    from ftlit.export.opening import open_model
+
+    return open_model(options.model, options.base, options.which)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _ask(opened: Opened, options: argparse.Namespace, turns: list[Message], streamer: Any = None) -> str:
+    from ftlit.data.formats import Message
+    from ftlit.data.templating import ChatTemplate
+    from ftlit.rollout.generate import generate
+
+    system = opened.system if options.system is None else options.system
+    if system:
+        turns = [Message("system", system), *turns]
+    prompt = ChatTemplate(opened.tokenizer).prompt_ids(turns)
+    (answer,) = generate(
+        opened.lm,
+        opened.strategy,
+        opened.tokenizer,
+        [prompt],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        streamer=streamer,
+    )
+    return opened.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def _generate(args: list[str]) -> int:
+    parser = _Parser("ftlit generate", description="Answer prompts with a model, a run or an adapter.")
+    _model_arguments(parser)
+    parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
+    parser.add_argument("--prompts", help="a file with a question a line")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a question")
+    _answer_arguments(parser)
+    options = parser.parse_args(args)
+    questions = list(options.prompt)
+    if options.prompts:
+        path = Path(options.prompts)
+        if not path.is_file():
+            raise ConfigError(f"--prompts {path} does not exist.")
+        questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not questions:
+        parser.error("give --prompt TEXT or --prompts FILE")
+    opened = _open(options)
+    import torch
+
+    from ftlit.data.formats import Message
+
+    torch.manual_seed(options.seed)
+    for question in questions:
+        answer = _ask(opened, options, [Message("user", question)])
+        if options.json:
+            print(json.dumps({"prompt": question, "answer": answer}, ensure_ascii=False), flush=True)
+        else:
+            print(f"> {question}\n{answer}\n", flush=True)
+    return 0
+
+
+def _chat(args: list[str]) -> int:
+    parser = _Parser("ftlit chat", description="Talk with a model, a run or an adapter.")
+    _model_arguments(parser)
+    _answer_arguments(parser)
+    options = parser.parse_args(args)
+    opened = _open(options)
+    import torch
+    from transformers import TextStreamer
+
+    from ftlit.data.formats import Message
+
+    torch.manual_seed(options.seed)
+    print("Talk; /new starts over, /quit or Ctrl-D ends.")
+    turns: list[Message] = []
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        if question in ("/quit", "/exit"):
+            return 0
+        if question == "/new":
+            turns = []
+        elif question:
+            turns.append(Message("user", question))
+            streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            turns.append(Message("assistant", _ask(opened, options, turns, streamer)))
+
+
+def _export(args: list[str]) -> int:
+    parser = _Parser(
+        "ftlit export", description="Write the merged model (safetensors, tokenizer, chat template) or the adapter."
+    )
+    _model_arguments(parser)
+    parser.add_argument("--to", required=True, help="folder to write, empty or new")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter folder instead of the merged model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    options = parser.parse_args(args)
+    opened = _open(options)
+    from ftlit.export.writing import write_adapter, write_model
+
+    if options.adapter:
+        write_adapter(opened, options.to)
+    else:
+        write_model(opened, options.to, options.dtype)
+    print(f"{'adapter' if options.adapter else 'model'} written to {options.to}")
+    return 0
