@@ -19,15 +19,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-# Importing these packages makes their classes known by short name.
+from ftlit import callbacks, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, WritePredictions
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.cli_errors import explain
+from ftlit.data import datamodules, formats
 from ftlit.errors import ConfigError
+from ftlit.objectives import sft as objectives
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
 
 RUN_VARIABLE = "FTLIT_RUN"
+
+# Imported, so that their classes are known by short name.
+COMPONENTS = (callbacks, datamodules, formats, objectives, peft)
 
 
 class Trainer(L.Trainer):
