@@ -112,6 +112,12 @@ def use_segment_attention(lm: PreTrainedModel) -> None:
         raise ConfigError(f"{type(lm).__name__} cannot use packed attention: {error}") from None
 
 
+def recompute_activations(lm: PreTrainedModel) -> None:
+    """Switches a model to recompute the activations of each layer in backward."""
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # before 5.20
+    enable()
+
+
 @torch.no_grad()
 def check_packing(lm: PreTrainedModel) -> None:
     """Runs two tiny examples packed and one at a time through the model's own logits; they must agree.

@@ -121,6 +121,9 @@ class PEFTStrategy(ABC):
     mergeable: ClassVar[bool] = True
     """Whether the adapter can be folded into the weights of the model."""
 
+    pads_prompts: ClassVar[bool] = True
+    """Whether prompts of unequal length may be padded into one batch of `generation_kwargs`."""
+
     trains_base: ClassVar[bool] = False
     """Whether weights of the model itself are trained: they are then loaded in float32 under mixed precision."""
 

@@ -28,6 +28,7 @@ class PrefixTuning(VirtualTokens):
     """
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    pads_prompts: ClassVar[bool] = False  # the padding would lie between the prefix and the text
 
     def __init__(self, num_virtual_tokens: int = 20, init_std: float = 0.02) -> None:
         super().__init__(num_virtual_tokens)

@@ -137,10 +137,9 @@ class PromptTuning(VirtualTokens):
         if not self.active:
             return super().generation_kwargs(model, input_ids, attention_mask)
         embeds = model.get_input_embeddings()(input_ids)
-        prompt = self._matrix(model).to(embeds.dtype).expand(len(input_ids), -1, -1)
+        prompt = self._matrix(model).to(embeds.dtype)
+        # Between padding and text, not before the padding: a sliding window counts every place of the row.
+        padding = (attention_mask == 0).sum(1).tolist()
+        rows = [torch.cat([row[:pad], prompt, row[pad:]]) for row, pad in zip(embeds, padding, strict=True)]
         ones = attention_mask.new_ones(len(input_ids), self.num_virtual_tokens)
-        # Left-padded rows: the prompt stands before the padding, positions skip what is masked.
-        return {
-            "inputs_embeds": torch.cat([prompt, embeds], dim=1),
-            "attention_mask": torch.cat([ones, attention_mask], dim=1),
-        }
+        return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.cat([attention_mask, ones], dim=1)}

@@ -49,6 +49,34 @@ def generate(
     Returns:
         The tokens of each answer, without its end token.
     """
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "streamer": streamer,
+    }
+    if strategy is None or strategy.pads_prompts:
+        return _generate(lm, strategy, tokenizer, prompts, **options)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for length in sorted({len(prompt) for prompt in prompts}):
+        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for i, answer in zip(alike, _generate(lm, strategy, tokenizer, [prompts[i] for i in alike], **options), strict=True):
+            answers[i] = answer
+    return answers
+
+
+def _generate(
+    lm: PreTrainedModel,
+    strategy: PEFTStrategy | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    streamer: Any,
+) -> list[list[int]]:
+    """One padded batch."""
     ends = end_tokens(lm, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     width = max(len(prompt) for prompt in prompts)

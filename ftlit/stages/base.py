@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.errors import ConfigError
 from ftlit.models.load import load_lm, load_tokenizer
-from ftlit.models.policy import Policy
+from ftlit.models.policy import Policy, recompute_activations
 from ftlit.peft import Full, PEFTStrategy
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ class Stage(L.LightningModule):
         else:
             lm = self.source
         if self.gradient_checkpointing:
-            lm.gradient_checkpointing_enable()
-            lm.enable_input_require_grads()
+            recompute_activations(lm)
         self.policy = Policy(lm, self.strategy).train()
 
     def _load_dtype(self) -> torch.dtype:

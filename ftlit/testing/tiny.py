@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftlit.batch import Example
+
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 16,
@@ -38,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> nn.Module:
+def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random two-layer causal language model of width 16.
 
     Args:
@@ -61,6 +63,23 @@ def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.3)
     return lm.train()
+
+
+def tiny_examples(lengths: Sequence[int] = (9, 4, 4, 12, 7), vocabulary: int = 250, seed: int = 0) -> list[Example]:
+    """Random examples whose second halves are trained.
+
+    Args:
+        lengths: Tokens of each example, 2 or more.
+        vocabulary: Tokens are drawn below this.
+        seed: Seed of the tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for length in lengths:
+        ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        prompt = max(1, length // 2)
+        examples.append(Example(ids, [0.0] * prompt + [1.0] * (length - prompt)))
+    return examples
 
 
 CHAT_TEMPLATE = (
