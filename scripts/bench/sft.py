@@ -373,7 +373,9 @@ def _quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
 
 
 # ---- parity -----------------------------------------------------------------------------------------------------
@@ -427,9 +429,8 @@ def parity(args: argparse.Namespace) -> int:
     theirs = run_trl(examples, load_model(args.model, TRL), tokenizer, adapter, settings, configuration=args.trl)
     apart = differences(ours, theirs)
     print(f"{'':4}  {'loss, nats a trained token':^35}  {'gradient norm':^35}  {'rate':^9}")
-    print(
-        f"{'step':>4}  {'ftlit':>11} {'TRL':>11} {'|diff|':>11}  {'ftlit':>11} {'TRL':>11} {'rel. diff':>11}  {'TRL':>9}"
-    )
+    both = f"{'ftlit':>11} {'TRL':>11}"
+    print(f"{'step':>4}  {both} {'|diff|':>11}  {both} {'rel. diff':>11}  {'both':>9}")
     for number, (a, b, d) in enumerate(zip(ours, theirs, apart, strict=True), start=1):
         print(
             f"{number:4}  {a.loss:11.6f} {b.loss:11.6f} {d.loss:11.1e}  "
