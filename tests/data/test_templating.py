@@ -66,6 +66,26 @@ def newline_merging_tokenizer():
     return fast
 
 
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def sentencepiece_like_tokenizer(prepend):
+    """Puts a space before a text, as the tokenizers of Llama 2, TinyLlama and Mistral 7B do."""
+    letters = sorted("▁<|>\nabcdefghijklmnopqrstuvwxyz")
+    specials = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: number for number, token in enumerate([*specials, *letters, "▁a"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = ZEPHYR
+    return fast
+
+
 def test_pad_token_is_the_end_token(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
@@ -172,6 +192,19 @@ def test_merge_inside_a_turn_is_kept():
     (example,) = ChatTemplate(tokenizer).encode(chat(("user", "q\n\n"), ("assistant", "a\n\n"), *ONE.messages))
     assert trained(tokenizer, example) == ["a\n\n<|im_end|>", "a<|im_end|>"]
     assert example.input_ids.count(tokenizer.convert_tokens_to_ids("ĊĊ")) == 2
+
+
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+def test_tokenizer_that_puts_a_space_before_texts_puts_none_before_answers(prepend):
+    tokenizer = sentencepiece_like_tokenizer(prepend)
+    template = ChatTemplate(tokenizer)
+    conversation = chat(("user", "q"), ("assistant", "a"))
+    (example,) = template.encode(conversation)
+    whole = tokenizer(template.render(conversation.messages), add_special_tokens=False)["input_ids"]
+    assert whole[: len(template.prompt_ids(conversation.messages[:1]))] == template.prompt_ids(conversation.messages[:1])
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+    assert tokens == tokenizer.convert_ids_to_tokens(whole[: whole.index(tokenizer.eos_token_id, -3) + 1])
+    assert tokens[-2:] == ["a", "</s>"]
 
 
 def test_template_without_end_token_is_refused():
