@@ -41,11 +41,13 @@ def answered(answer):
     return {"messages": [OK["messages"][0], {"role": "assistant", "content": answer}]}
 
 
-def error_of(name, index=None):
+def read_all(name):
+    return conversations(Source(name))
+
+
+def error_of(name):
     with pytest.raises(DataError) as error:
-        source = Source(name)
-        for i in range(len(source)) if index is None else [index]:
-            source.conversation(i)
+        read_all(name)
     return str(error.value)
 
 
@@ -126,9 +128,7 @@ def test_a_row_of_another_type_is_named(write, name, bad, column, got):
 
 def test_a_bad_row_is_counted_from_one(write):
     path = write("rows.jsonl", [OK, {"messages": []}])
-    assert (
-        error_of(path) == f"{path}, row 2: column 'messages' must hold a list of at least one message, got []."
-    )
+    assert error_of(path) == f"{path}, row 2: column 'messages' must hold a list of at least one message, got []."
     assert Source(path).conversation(0).messages == TURNS
 
 
@@ -185,10 +185,7 @@ def test_invalid_utf8_in_jsonl_names_file_and_line(write, content):
 
 def test_invalid_utf8_in_json_names_file_and_line(write):
     path = write("rows.json", b'[{"instruction": "i",\n "output": "caf\xe9"}]')
-    assert (
-        error_of(path)
-        == f"{path}, line 2: not valid UTF-8 (invalid continuation byte); save the file as UTF-8."
-    )
+    assert error_of(path) == f"{path}, line 2: not valid UTF-8 (invalid continuation byte); save the file as UTF-8."
 
 
 def test_empty_file_is_refused(write):
@@ -216,9 +213,7 @@ def test_file_of_a_lone_null_is_refused_and_does_not_crash(write):
 def test_missing_file_suggests_the_nearest_name(write, tmp_path):
     write("training_rows.jsonl", [OK])
     wanted = str(tmp_path / "trainingrows.jsonl")
-    assert error_of(wanted) == (
-        f"{wanted} does not exist (looked in {tmp_path}); did you mean 'training_rows.jsonl'?"
-    )
+    assert error_of(wanted) == (f"{wanted} does not exist (looked in {tmp_path}); did you mean 'training_rows.jsonl'?")
 
 
 def test_missing_file_without_a_near_name_says_where_it_looked(tmp_path):
@@ -254,11 +249,9 @@ def test_a_rewritten_file_is_read_anew(write, same_time):
 
 def test_columns_of_every_row_count_where_arrow_cannot_read(write):
     # Half of a surrogate pair, as text cut in the middle of an emoji has it: Arrow refuses the file.
-    path = write("rows.jsonl", '{"instruction": "a\ud83d"}
-{"instruction": "b", "output": "p"}
-')
+    path = write("rows.jsonl", '{"instruction": "a\\ud83d"}\n{"instruction": "b", "output": "p"}\n')
     assert Source(path).conversation(1).messages == (("user", "b"), ("assistant", "p"))
-    assert error_of(path, 0) == f"{path}, row 1: column 'output' must hold non-empty text, got null or nothing."
+    assert error_of(path) == f"{path}, row 1: column 'output' must hold non-empty text, got null or nothing."
 
 
 @pytest.mark.parametrize(("name", "rows"), [("identity", 104), ("general", 150)])

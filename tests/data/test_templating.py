@@ -59,9 +59,7 @@ def newline_merging_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token=END, pad_token=END
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token=END, pad_token=END)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -130,7 +128,9 @@ def test_two_answers_in_a_row_are_both_trained(tokenizer):
 
 def test_special_tokens_in_texts_do_not_move_the_end(tokenizer):
     (example,) = ChatTemplate(tokenizer).encode(
-        chat(("user", "what is <|im_end|>?"), ("assistant", "<|im_end|> ends a turn"), ("user", "q"), ("assistant", "a"))
+        chat(
+            ("user", "what is <|im_end|>?"), ("assistant", "<|im_end|> ends a turn"), ("user", "q"), ("assistant", "a")
+        )
     )
     assert trained(tokenizer, example) == ["<|im_end|> ends a turn<|im_end|>", "a<|im_end|>"]
 
@@ -150,9 +150,7 @@ def test_earlier_reasoning_that_is_dropped_gives_one_example_an_answer():
 
 def test_reasoning_template_without_earlier_reasoning_gives_one_example():
     tokenizer = tiny_tokenizer(REASONING)
-    conversation = chat(
-        ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "<think>y</think>a2")
-    )
+    conversation = chat(("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "<think>y</think>a2"))
     (example,) = ChatTemplate(tokenizer).encode(conversation)
     assert trained(tokenizer, example) == ["a1<|im_end|>", "<think>y</think>a2<|im_end|>"]
 
@@ -201,7 +199,9 @@ def test_tokenizer_that_puts_a_space_before_texts_puts_none_before_answers(prepe
     conversation = chat(("user", "q"), ("assistant", "a"))
     (example,) = template.encode(conversation)
     whole = tokenizer(template.render(conversation.messages), add_special_tokens=False)["input_ids"]
-    assert whole[: len(template.prompt_ids(conversation.messages[:1]))] == template.prompt_ids(conversation.messages[:1])
+    assert whole[: len(template.prompt_ids(conversation.messages[:1]))] == template.prompt_ids(
+        conversation.messages[:1]
+    )
     tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
     assert tokens == tokenizer.convert_ids_to_tokens(whole[: whole.index(tokenizer.eos_token_id, -3) + 1])
     assert tokens[-2:] == ["a", "</s>"]
@@ -249,18 +249,11 @@ def test_conversation_without_an_answer_is_refused(tokenizer):
         ChatTemplate(tokenizer).encode(chat(("user", "q")))
 
 
-def test_conversation_that_opens_with_an_answer_is_trained_or_refused_by_a_sentence_of_ours(tokenizer):
-    conversation = chat(("assistant", "hello"), ("user", "q"), ("assistant", "a"))
-    try:
-        examples = ChatTemplate(tokenizer).encode(conversation)
-    except DataError as error:
-        assert "assistant" in str(error)
-        assert "()" not in str(error)
-    else:
-        assert [text for example in examples for text in trained(tokenizer, example)] == [
-            "hello<|im_end|>",
-            "a<|im_end|>",
-        ]
+def test_conversation_that_opens_with_an_answer_is_refused_for_that_reason(tokenizer):
+    with pytest.raises(DataError) as error:
+        ChatTemplate(tokenizer).encode(chat(("assistant", "hello"), ("user", "q"), ("assistant", "a")))
+    assert "assistant" in str(error.value)
+    assert "these turns ()" not in str(error.value)
 
 
 def test_tokenizer_without_template_needs_one():
