@@ -65,7 +65,7 @@ class SaveConfig(SaveConfigCallback):
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+        self.parser.save(self.config, str(path), skip_unset=False, overwrite=True)
         self.already_saved: bool = True
 
 
@@ -75,8 +75,15 @@ class CLI(LightningCLI):
     current: LightningArgumentParser | None = None
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        CLI.current = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return CLI.current
+        if subcommand == "data":  # the arguments of a method become a group of its name, and that one is taken
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            parser.add_argument("--rows", type=int, default=3, help="How many rendered training rows to show.")
+            self._subcommand_method_arguments[subcommand] = ["rows"]
+        else:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        CLI.current = parser
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

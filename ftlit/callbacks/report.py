@@ -164,7 +164,6 @@ def draw(folder: Path) -> Path | None:
         for row in csv.DictReader(file):
             for key, value in row.items():
                 if key.endswith("loss") and value:
-                    # Steps are logged from 0; the loss of the first is that of the untouched model.
                     series.setdefault(key, []).append((int(row["step"]), float(value)))
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for key, points in sorted(series.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -81,7 +82,7 @@ class Stage(L.LightningModule):
         super().__init__()
         if lr <= 0 or warmup < 0 or not 0 <= min_lr <= 1:
             raise ConfigError(f"lr must be positive, warmup >= 0, min_lr in [0, 1]; got {lr}, {warmup}, {min_lr}.")
-        self.source = policy
+        self._source = (policy,)  # a tuple, so that a model is not registered a second time beside the policy
         self.strategy = peft or Full()
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule, self.min_lr = warmup, schedule, min_lr
@@ -89,6 +90,7 @@ class Stage(L.LightningModule):
         self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
         self.policy: Policy | None = None
         self.accumulate = 1
+        self.planned_steps = 0
         self.grad_norm: Tensor | None = None
         self.step_metrics: dict[str, float] = {}
         self.strict_loading = (
@@ -110,6 +112,11 @@ class Stage(L.LightningModule):
         """What the sums of a step are divided by: the weight of its targets, or the number of its pairs."""
 
     # ---- the model ------------------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> str | PreTrainedModel:
+        """The policy as it was given."""
+        return self._source[0]
 
     @property
     def name_of_policy(self) -> str:
@@ -217,9 +224,14 @@ class Stage(L.LightningModule):
         if stage == "fit":
             self.trainer.accumulate_grad_batches = self.accumulate
 
+    def on_train_start(self) -> None:
+        """Notes the length of the run."""
+        self.planned_steps = self.num_steps
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """One optimizer step; returns the loss of its last micro-batch with the gradient still to be taken."""
         self._started = time.perf_counter()
+        self._seed_step()
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # Lightning moves it on before the step is logged
@@ -235,6 +247,12 @@ class Stage(L.LightningModule):
                 self.trainer.strategy.backward(loss, None)
         self._means, self._totals = self._reduce(sums, batch), batch.totals
         return loss
+
+    def _seed_step(self) -> None:
+        """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        place = (seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.trainer.global_rank
+        torch.manual_seed(place % (1 << 63))
 
     def _reduce(self, sums: dict[str, Tensor], batch: StepBatch) -> dict[str, float]:
         """Means over the whole step, from all ranks.
@@ -289,11 +307,17 @@ class Stage(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         """Logs the step: means over all its targets on all ranks, speed, rate, gradient norm."""
+        self.log_position()
         for name, value in self.step_metrics.items():
             shown = name in ("train/loss", "train/tokens_per_s")
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)
-        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True  # so that Lightning validates the last step too, in the middle of an epoch
+        if self.trainer.global_step >= self.planned_steps:
+            # So that Lightning validates the last step, wherever in an epoch and whatever else it was told.
+            self.trainer.should_stop, self.trainer.check_val_every_n_epoch = True, 1
+
+    def log_position(self) -> None:
+        """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""
+        self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
         """The step metrics made from the means of `MicroLoss.sums`."""

@@ -83,8 +83,11 @@ class SFT(Stage):
             for logger in self.trainer.loggers:
                 logger.log_metrics({**values}, step=0)
             return
+        if loop == "val" and self.trainer.state.fn == "fit":
+            self.log_position()
         for key, value in values.items():
-            self.log(key, value, prog_bar=key == "val/loss", sync_dist=False, rank_zero_only=False, batch_size=1)
+            # Already reduced over ranks; the mean of equal numbers only keeps Lightning from warning.
+            self.log(key, value, prog_bar=key == "val/loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the counts anew."""

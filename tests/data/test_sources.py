@@ -199,13 +199,19 @@ def test_file_without_rows_is_refused(write, name, text):
     assert error_of(path) == f"{path} holds no rows."
 
 
-def test_file_of_a_lone_null_is_refused_and_does_not_crash(write):
+def test_file_of_a_lone_null_is_refused_and_does_not_crash(write, tmp_path):
     path = write("rows.jsonl", "null\n")
     code = (
         "import sys; from ftlit.data.sources import Source; from ftlit.errors import DataError\n"
         "try: Source(sys.argv[1])\nexcept DataError as error: print(error)"
     )
-    child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    child = subprocess.run(
+        [sys.executable, "-c", code, path],
+        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert child.returncode == 0
     assert f"{path}, row 1: a row must be a JSON object" in child.stdout
 

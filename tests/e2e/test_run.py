@@ -1,0 +1,213 @@
+"""The real command on a tiny model: what a run leaves behind, and what the other verbs make of it."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ftlit.peft.io import read_config
+
+
+def metrics(run):
+    with (Path(run) / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def state(run, which="last"):
+    return torch.load(Path(run) / "checkpoints" / f"{which}.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_and_what_it_leaves_behind(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r", "--trainer.max_epochs", "2") == 0
+    for piece in ("9 rows", "3 rows", "trained tokens between", "⟦", "6 optimizer steps of 3 examples", "LoRA", "step 6/6"):
+        assert piece in ftlit.out
+    rows = metrics("r")
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [int(row["step"]) for row in rows if "val/loss" in row] == [0, 3, 6]
+    for key in ("loss", "perplexity", "accuracy", "lr", "grad_norm", "tokens_per_s", "trained_tokens_per_s"):
+        assert all(f"train/{key}" in row for row in rows[1:])
+    assert rows[1]["train/perplexity"] == pytest.approx(2.718281828 ** rows[1]["train/loss"], rel=1e-4)
+    summary = json.loads(Path("r/summary.json").read_text())
+    assert summary["optimizer_steps"] == 6
+    assert summary["end"]["val/loss"] == pytest.approx(rows[-1]["val/loss"], abs=1e-5)
+    assert summary["start"]["val/loss"] == pytest.approx(rows[0]["val/loss"], abs=1e-5)
+    assert summary["trained_parameters"] == sum(tensor.numel() for tensor in state("r").values())
+    assert summary["changed_parameters"] == 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
+    assert Path("r/loss.png").read_bytes()[:4] == b"\x89PNG"
+    for which in ("last", "best"):
+        assert read_config(f"r/adapter/{which}")["r"] == 4
+        assert Path(f"r/checkpoints/{which}.ckpt").exists()
+    assert set(Path("r").iterdir()) == {
+        Path("r") / name
+        for name in ("config.yaml", "checkpoints", "adapter", "metrics.csv", "loss.png", "summary.json")
+    }
+    assert all("lora_" in name for name in state("r"))
+
+
+def test_the_saved_config_runs_again_to_the_same_numbers(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "a") == 0
+    assert ftlit("fit", "--config", "a/config.yaml") == 1
+    assert "already holds a run" in ftlit.err
+    assert ftlit("fit", "--config", "a/config.yaml", "--run", "b") == 0
+    for name, tensor in state("a").items():
+        assert torch.equal(tensor, state("b")[name])
+
+
+def test_print_config_is_a_config_to_start_from(ftlit, fit_args):
+    assert ftlit(*fit_args, "--print_config") == 0
+    config = yaml.safe_load(ftlit.out)
+    assert config["model"]["class_path"] == "ftlit.SFT"
+    assert config["model"]["init_args"]["peft"]["init_args"]["rank"] == 4
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+    Path("mine.yaml").write_text(ftlit.out)
+    assert ftlit("fit", "--config", "mine.yaml", "--run", "r") == 0
+
+
+@pytest.mark.parametrize("peft", ["lora", "full", "prefix_tuning", "prompt_tuning"])
+@pytest.mark.parametrize("extra", [[], ["--config", "trainer/gpu", "--trainer.accelerator", "cpu"]], ids=["cpu", "mixed"])
+def test_every_shipped_strategy_runs_and_is_used(ftlit, rows, tiny_model_folder, peft, extra):
+    args = ["--config", "sft", "--config", f"peft/{peft}", *extra]
+    assert ftlit(
+        "fit", *args, "--model.policy", tiny_model_folder, "--data.train", rows, "--data.batch_size", "4",
+        "--data.validation", rows, "--trainer.max_steps", "3", "--run", "r",
+    ) == 0  # fmt: skip
+    losses = [row["val/loss"] for row in metrics("r") if "val/loss" in row]
+    assert losses[-1] < losses[0]
+    assert ftlit("generate", "r", "--prompt", "What is 3 plus 3?", "--max_new_tokens", "4") == 0
+    adapter = peft != "full"
+    assert ftlit("export", "r", "--to", "a", "--adapter") == (0 if adapter else 1)
+    assert Path("a/adapter_config.json").exists() == adapter
+    merges = peft in ("lora", "full")
+    assert ftlit("export", "r", "--to", "m") == (0 if merges else 1)
+    assert Path("m/model.safetensors").exists() == merges
+    if not merges:
+        assert "cannot be merged" in ftlit.err
+        assert not Path("m").exists() or not any(Path("m").iterdir())
+
+
+def test_overlays_stack(ftlit, fit_args):
+    Path("more.yaml").write_text(
+        "trainer:\n  callbacks+:\n    - class_path: EarlyStopping\n      init_args: {monitor: val/loss}\n"
+    )
+    Path("most.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: LearningRateMonitor\n")
+    args = [*fit_args, "--config", "logger/wandb", "--config", "more.yaml", "--config", "most.yaml"]
+    assert ftlit(*args, "--run", "r", "--trainer.max_steps", "2") == 0
+    config = yaml.safe_load(Path("r/config.yaml").read_text())
+    kinds = [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
+    assert kinds == ["SaveCheckpoint", "EarlyStopping", "LearningRateMonitor"]
+    assert Path("r/checkpoints/last.ckpt").exists()
+    assert list(Path("r/wandb").glob("offline-run-*/run-*.wandb"))
+    assert metrics("r")
+
+
+def test_the_quickstart_config(ftlit, tiny_model_folder):
+    args = ["--config", "quickstart", "--model.policy", tiny_model_folder, "--trainer.max_epochs", "1"]
+    assert ftlit("fit", *args, "--trainer.max_steps", "2", "--data.batch_size", "4", "--run", "r") == 0
+    last = metrics("r")[-1]
+    assert {"val/loss", "val/general/loss"} <= set(last)
+    assert "You are a helpful assistant." in ftlit.out
+    assert "{{" not in ftlit.out
+
+
+def test_resume_is_as_if_never_stopped(ftlit, fit_args):
+    options = ["--trainer.max_epochs", "3", "--model.peft.dropout", "0.1"]
+    checkpoint = ["--trainer.callbacks.every_n_steps", "1"]
+    assert ftlit(*fit_args, *options, *checkpoint, "--run", "whole") == 0
+    Path("stop_at.py").write_text(
+        "import os, lightning as L\n"
+        "class StopAt(L.Callback):\n"
+        "    def __init__(self, step: int = 0):\n        self.step = step\n"
+        "    def on_train_batch_end(self, trainer, *args):\n"
+        "        if trainer.global_step == self.step: raise KeyboardInterrupt\n"
+    )
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step=4"]
+    assert ftlit(*fit_args, *options, *checkpoint, *stop, "--run", "cut") in (1, 130)
+    assert torch.load("cut/checkpoints/last.ckpt", weights_only=True)["global_step"] in (3, 4)
+    assert ftlit("fit", "--config", "whole/config.yaml", "--run", "cut", "--ckpt_path", "last") == 0
+    for name, tensor in state("whole").items():
+        assert torch.equal(tensor, state("cut")[name]), name
+    for ours, theirs in zip(metrics("cut"), metrics("whole"), strict=True):
+        for key in ("step", "train/loss", "train/grad_norm", "val/loss"):
+            assert ours.get(key) == theirs.get(key)
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "a", "--trainer.max_steps", "1") == 0
+    args = [*fit_args, "--model.peft.rank", "2", "--ckpt_path", "a/checkpoints/last.ckpt", "--run", "b"]
+    assert ftlit(*args) == 1
+    assert "does not fit this model and strategy" in ftlit.err
+
+
+def test_lightnings_other_verbs(ftlit, fit_args, rows):
+    assert ftlit(*fit_args, "--run", "r", "--trainer.max_epochs", "2") == 0
+    before = Path("r/metrics.csv").read_bytes()
+    end = metrics("r")[-1]["val/loss"]
+    assert ftlit("validate", "--config", "r/config.yaml") == 0
+    assert "r/checkpoints/last.ckpt" in ftlit.out
+    assert f"{end:.4f}"[:5] in ftlit.out
+    assert ftlit("test", "--config", "r/config.yaml", "--data.test", rows) == 0
+    assert "test/loss" in ftlit.out
+    args = ["--config", "r/config.yaml", "--data.predict", rows, "--model.max_new_tokens", "4"]
+    assert ftlit("predict", *args) == 0
+    answers = [json.loads(line) for line in Path("r/predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 12
+    assert [turn["role"] for turn in answers[5]["messages"]] == ["user", "assistant"]
+    assert answers[5]["messages"][0]["content"] == "What is 5 plus 5?"
+    assert Path("r/metrics.csv").read_bytes() == before
+
+
+def test_data_shows_what_would_be_trained_on(ftlit, rows, tiny_model_folder):
+    args = ["data", "--config", "sft", "--model.policy", tiny_model_folder, "--data.train", rows, "--rows", "2"]
+    assert ftlit(*args) == 0
+    assert "train: 12 rows;" in ftlit.out
+    assert ftlit.out.count("⟦") - ftlit.out.count("between ⟦") == 2
+    assert not Path("runs").exists()
+
+
+def test_models_are_used_alike_as_run_adapter_and_export(ftlit, fit_args, tiny_model_folder):
+    assert ftlit(*fit_args, "--run", "r", "--trainer.max_epochs", "3", "--model.lr", "0.02") == 0
+    assert ftlit("export", "r", "--to", "merged") == 0
+    assert ftlit("export", "r", "--to", "merged") == 1
+    assert "already holds something" in ftlit.err
+    answers = []
+    for args in (["r"], ["merged"], ["r/adapter/last"], ["r/adapter/last", "--base", tiny_model_folder]):
+        assert ftlit("generate", *args, "--prompt", "What is 2 plus 2?", "--max_new_tokens", "6", "--json") == 0
+        answers.append(ftlit.out)
+    assert len(set(answers)) == 1
+    assert ftlit("generate", tiny_model_folder, "--prompt", "What is 2 plus 2?", "--max_new_tokens", "6", "--json") == 0
+    assert ftlit.out != answers[0]
+
+
+def test_chat(ftlit, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/new\nAnd you?\n/quit\n"))
+    assert ftlit("chat", tiny_model_folder, "--max_new_tokens", "3") == 0
+
+
+def test_classes_of_files_in_the_working_directory(ftlit, fit_args, rows):
+    Path("mine.py").write_text(
+        "from ftlit import LoRA, RowFormat\n"
+        "from ftlit.data.formats import Conversation, Message\n"
+        "class MyLoRA(LoRA):\n    '''Mine.'''\n"
+        "class QA(RowFormat):\n"
+        "    '''Mine.'''\n"
+        "    def __call__(self, row):\n"
+        "        return Conversation((Message('user', row['q']), Message('assistant', row['a'])))\n"
+    )
+    Path("qa.jsonl").write_text('{"q": "Hi?", "a": "Yes."}\n' * 4)
+    args = ["--model.peft", "mine.MyLoRA", "--data.train", "qa.jsonl", "--data.format", "mine.QA", "--data.validation", "0.25"]
+    assert ftlit(*fit_args, *args, "--run", "r", "--trainer.max_steps", "1") == 0
+    assert "MyLoRA" in ftlit.out
+    assert ftlit("generate", "r", "--prompt", "Hi?", "--max_new_tokens", "2") == 0
+
+
+def test_seeds(ftlit, fit_args):
+    for run, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        args = ["--seed_everything", seed, "--run", run, "--trainer.max_steps", "2"]
+        assert ftlit(*fit_args, *args) == 0
+    name = next(name for name in state("a") if "lora_A" in name)
+    assert torch.equal(state("a")[name], state("b")[name])
+    assert not torch.equal(state("a")[name], state("c")[name])

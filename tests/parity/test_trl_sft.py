@@ -1,0 +1,81 @@
+"""TRL 1.16 as the anchor of SFT with LoRA: the same loss and gradient norm at every optimizer step."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlit.batch import Example
+from ftlit.data.formats.base import Conversation, Message
+from ftlit.data.templating import ChatTemplate
+from ftlit.testing import tiny_lm, tiny_tokenizer
+
+trl = pytest.importorskip("trl")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "sft.py"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_sft", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """16 conversations of different lengths, every third with two answers."""
+    template = ChatTemplate(tiny_tokenizer())
+    made = []
+    for i in range(16):
+        turns = [Message("user", "Say " + "ab" * (i * 5 % 9)), Message("assistant", "cd " * (1 + i * 7 % 11))]
+        if i % 3 == 0:
+            turns += [Message("user", "Again"), Message("assistant", f"No. {i}")]
+        made += template.encode(Conversation(tuple(turns)))
+    assert len(made) == 16
+    return made
+
+
+@pytest.fixture(scope="module")
+def settings(bench):
+    """Four steps of four examples; the token cap cuts steps into several micro-batches."""
+    return bench.Settings(batch_size=4, max_tokens=150)
+
+
+@pytest.fixture(scope="module")
+def adapter(bench, settings):
+    return bench.initial_adapter(tiny_lm("llama"), settings.rank)
+
+
+@pytest.fixture(scope="module")
+def ours(bench, examples, settings, adapter):
+    return bench.run_ftlit(examples, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
+
+
+@pytest.mark.parametrize(("configuration", "micro"), [("bucketed", 4), ("bucketed", 2), ("packed", 4), ("packed", 1)])
+def test_every_step_agrees(bench, examples, settings, adapter, ours, configuration, micro):
+    theirs = bench.run_trl(
+        examples,
+        tiny_lm("llama"),
+        tiny_tokenizer(),
+        adapter,
+        settings._replace(micro=micro),
+        configuration=configuration,
+    )
+    assert len(ours) == 4
+    assert all(value <= TOLERANCE for apart in bench.differences(ours, theirs) for value in apart)
+    # The comparison covers clipping and a moving model.
+    assert all(step.grad_norm > settings.clip for step in ours)
+    assert abs(ours[0].lr - ours[-1].lr) > 0
+
+
+def test_a_trained_token_after_the_end_token_is_seen(bench, examples, settings, adapter, ours):
+    """What TRL's own tokenization would do with a template that closes a turn with a line break."""
+    (line_break,) = tiny_tokenizer()("\n", add_special_tokens=False)["input_ids"]
+    longer = [Example([*ids, line_break], [*weights, 1.0]) for ids, weights in examples]
+    theirs = bench.run_trl(longer, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
+    assert all(apart.loss > 1e-3 for apart in bench.differences(ours, theirs))
