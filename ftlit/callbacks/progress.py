@@ -58,6 +58,8 @@ class Progress(ProgressBar):
         """Shows what validation found."""
         if not self._on or trainer.state.fn != "fit":
             return
+        if trainer.sanity_checking and trainer.ckpt_path:
+            return
         values = getattr(pl_module, "last_metrics", {})
         losses = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss"))
         if losses:

@@ -82,7 +82,7 @@ class Report(L.Callback):
         folder = Path(trainer.default_root_dir)
         assert pl_module.policy is not None
         trained, changed, total = count(pl_module.policy.lm, pl_module.strategy)
-        start, end = getattr(pl_module, "start_metrics", {}), getattr(pl_module, "last_metrics", {})
+        start, end = pl_module.start_metrics, pl_module.last_metrics
         summary = {
             "model": pl_module.name_of_policy,
             "strategy": type(pl_module.strategy).__name__,

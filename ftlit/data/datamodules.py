@@ -106,6 +106,8 @@ class SFTData(L.LightningDataModule):
         self.sets: dict[str, list[Example]] = {}
         self.prompts: list[tuple[Conversation, list[int]]] = []
         self._template: ChatTemplate | None = None
+        self._loader: StepLoader | None = None
+        self._taken = 0
         self._check()
 
     def _check(self) -> None:
@@ -141,7 +143,17 @@ class SFTData(L.LightningDataModule):
         world, rank = self._ranks()
         stage = getattr(self.trainer, "lightning_module", None)
         accumulate = getattr(stage, "accumulate", 1)
-        return StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        self._loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        self._loader.taken = self._taken
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer steps taken: Lightning restores a loader's own state only in the middle of an epoch."""
+        return {"taken": self._taken if self._loader is None else self._loader.taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after them."""
+        self._taken = int(state_dict["taken"])
 
     def planner(self, accumulate: int = 1, world: int = 1) -> StepPlanner:
         """The plan of the training rows."""

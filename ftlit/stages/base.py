@@ -93,6 +93,8 @@ class Stage(L.LightningModule):
         self.planned_steps = 0
         self.grad_norm: Tensor | None = None
         self.step_metrics: dict[str, float] = {}
+        self.start_metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
         self.strict_loading = (
             False  # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
         )
@@ -328,10 +330,12 @@ class Stage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights; the frozen base is where it came from."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["start_metrics"] = self.start_metrics
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that lacks a trained weight or has one more: Lightning would pass over both."""
+        self.start_metrics = checkpoint.get("start_metrics", {})
         self.configure_model()
         trained = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}

@@ -33,8 +33,6 @@ class SFT(Stage):
         self.max_new_tokens = max_new_tokens
         self.objective = objective or CrossEntropy()
         self.metrics = nn.ModuleDict()
-        self.start_metrics: dict[str, float] = {}
-        self.last_metrics: dict[str, float] = {}
 
     def micro_loss(self, batch: PackedBatch) -> MicroLoss:
         """Weighted sum of the token losses."""
@@ -76,6 +74,8 @@ class SFT(Stage):
         for name, metric in metrics.items():
             place = loop if name == MAIN else f"{loop}/{name}"
             values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
+        if self.trainer.sanity_checking and self.trainer.ckpt_path:
+            return  # a run that goes on has its start behind it
         self.last_metrics = values
         if self.trainer.sanity_checking:
             # The whole validation runs once before training: where the run starts from.
