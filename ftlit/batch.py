@@ -54,7 +54,7 @@ class Segments:
         self.parents = tuple(parents) if parents is not None else (-1,) * len(self.lengths)
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"a segment needs at least one token, got lengths {self.lengths}")
-        if len(self.parents) != len(self.lengths) or any(parent >= i for i, parent in enumerate(self.parents)):
+        if len(self.parents) != len(self.lengths) or any(not -1 <= parent < i for i, parent in enumerate(self.parents)):
             raise ValueError(f"each parent must be an earlier segment or -1, got {self.parents}")
         self.offsets = tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
         # Attention masks by (queries, keys before them, window): built once a micro-batch, shared by all layers.
@@ -157,6 +157,9 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
 
     Returns:
         The micro-batch, on the CPU.
+
+    Raises:
+        ValueError: If the first token of an example has a weight.
     """
     indices = tuple(range(len(examples)) if indices is None else indices)
     positions: list[int] = []
@@ -165,6 +168,8 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
     owners: list[int] = []
     ids: list[int] = []
     for segment, (example, index) in enumerate(zip(examples, indices, strict=True)):
+        if example.weights[0]:
+            raise ValueError("the first token of an example cannot be trained: nothing predicts it")
         offset = len(ids)
         for place, weight in enumerate(example.weights):
             if weight:

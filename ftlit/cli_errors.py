@@ -80,17 +80,24 @@ def sentence(message: str, keys: list[str]) -> str:
         return _unknown(found[1].rstrip("+"), keys, "option --")
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], keys, "key ")
-    path, owner, base = [], "", ""
+    path, owner, base, kinds = [], "", "", ""
     for line in message.splitlines():
         if found := re.search(r'Parser key "([^"]+)"', line):
             path.append(found[1])
         elif found := re.search(r"Problem with given class_path '([^']+)'", line):
             owner = found[1]
-        elif found := re.search(r"Subtypes: \[(?:list\[([\w.]+)\], )?<class '([\w.]+)'>", line):
-            base = found[1] or found[2]
+        elif found := re.search(r"Subtypes: \[(.*)\]$", line):
+            names = re.findall(r"[\w.]+\.\w+", found[1].replace("typing.", "").replace("collections.abc.", ""))
+            base = names[-1] if names else ""
+            kinds = "" if names else found[1]
+        elif kinds and (found := re.search(r"Given value: (.*)", line)):
+            value = re.sub(r"^NestedArg\(key='.*', val=(.*)\)$", r"\1", found[1])
+            return f"{'.'.join(path)} must be {_kinds(kinds)}, got {value.strip(chr(39))!r}."
         elif found := re.search(r"Option '([^']+)' is not accepted", line):
             known = _arguments(owner)
             word, name = found[1], owner.rsplit(".", 1)[-1]
+            if not known:
+                return f"{'.'.join(path)}: {name} has no argument {word!r}, nor any other."
             hint = _foreign(word, known) or nearest(word, known)
             return f"{'.'.join(path)}: {name} has no argument {word!r}: {hint}"
         elif found := re.search(r"Expected a dot import path string: (\S+)", line):
@@ -102,7 +109,9 @@ def sentence(message: str, keys: list[str]) -> str:
         elif found := re.search(r"arguments are required: ([\w.]+)", line):
             key = ".".join([*path, found[1].partition(".")[2] or found[1]])
             return f"{key} is missing: give --{key}, or a config that sets it (--config sft)."
-        elif "NoneType" not in line and (found := re.search(r"Expected an? (.+?)\. Got value: (.*)", line)):
+        elif (
+            not kinds and "NoneType" not in line and (found := re.search(r"Expected an? (.+?)\. Got value: (.*)", line))
+        ):
             return f"{'.'.join(path)} must be {_kind(found[1])}, got {found[2]!r}."
     return " ".join(message.split())
 
@@ -115,6 +124,14 @@ def _kind(expected: str) -> str:
     if found := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
         return f"one of {found[1]}"
     return expected
+
+
+def _kinds(subtypes: str) -> str:
+    """A union of plain types in words."""
+    parts = re.findall(r"<class '\w+'>|typing\.Literal\[[^\]]*\]|(?:dict|list)\[[^\]]*\]", subtypes)
+    words = [_kind(part) for part in parts if "NoneType" not in part]
+    words += ["null"] if "NoneType" in subtypes else []
+    return " or ".join(dict.fromkeys(words))
 
 
 def _unknown(word: str, keys: list[str], what: str) -> str:

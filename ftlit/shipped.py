@@ -32,10 +32,9 @@ def resolve(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    short = Path(name).with_suffix("").as_posix().removeprefix("configs/")
-    shipped = config_dir() / f"{short}.yaml"
-    if shipped.is_file():
-        return str(shipped)
+    short = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("configs/")
+    if short in names():
+        return str(config_dir() / f"{short}.yaml")
     raise ConfigError(f"config {name!r} is neither a file nor a shipped config: {nearest(short, names())}")
 
 

@@ -68,6 +68,6 @@ class SaveCheckpoint(ModelCheckpoint):
         self._save_last(trainer)  # whatever validation was set to: the end of a run is kept
 
     def _save_last(self, trainer: L.Trainer) -> None:
-        before = self._last_global_step_saved
+        before: Any = getattr(self, "_last_global_step_saved", 0)
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._last_global_step_saved = before  # the best of this step may still have to be saved
+        self._last_global_step_saved: Any = before  # the best of this step may still have to be saved

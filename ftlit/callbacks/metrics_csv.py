@@ -78,10 +78,12 @@ class MetricsCSV(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumed and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
+                reader = csv.DictReader(line.replace("\0", "") for line in file)
                 self.columns = list(reader.fieldnames or ["step"])
                 old = [{key: value for key, value in row.items() if value} for row in reader]
-            self.rows = [{**row, "step": int(row["step"])} for row in old if int(row["step"]) < step]
+            # A killed run may have torn its last row.
+            whole = [row for row in old if str(row.get("step")).isdigit() and None not in row]
+            self.rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) < step]
         self._write_all()
 
     def _write_all(self) -> None:

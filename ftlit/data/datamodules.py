@@ -131,7 +131,8 @@ class SFTData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what a verb needs, once."""
         if stage in ("fit", "validate"):
-            self.load_train()
+            if stage == "fit" or any(not isinstance(rows, str) for rows in self.validation.values()):
+                self.load_train()
             self.load_validation()
         elif stage == "test" and "test" not in self.sets:
             self.sets["test"] = self._encode("test", self._rows("test", self.test_file))
@@ -244,7 +245,7 @@ class SFTData(L.LightningDataModule):
             raise ConfigError(f"data.{what} is missing: give a .json or .jsonl file.")
         source = Source(file, self.row_format)
         return [
-            (source, index, with_system(fill(source.conversation(index), self.fill), self.system))
+            (source, index, fill(with_system(source.conversation(index), self.system), self.fill))
             for index in range(len(source))
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,12 +61,13 @@ def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
     """Replaces each `{{key}}` in the messages by its value."""
     if not values:
         return conversation
-    turns = []
-    for role, content in conversation.messages:
-        for key, value in values.items():
-            content = content.replace("{{" + key + "}}", value)
-        turns.append(Message(role, content))
-    return Conversation(tuple(turns))
+    pattern = re.compile("|".join(re.escape("{{" + key + "}}") for key in values))
+    return Conversation(
+        tuple(
+            Message(role, pattern.sub(lambda found: values[found[0][2:-2]], content))
+            for role, content in conversation.messages
+        )
+    )
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
@@ -89,6 +90,8 @@ def _path_of(name: str) -> Path:
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise DataError(f"{name} does not exist (looked in {path.absolute().parent}){hint}")
+    if not path.is_file():
+        raise DataError(f"{name} is a folder; give a {' or '.join(_SUFFIXES)} file.")
     if path.suffix not in _SUFFIXES:
         raise DataError(
             f"{name}: rows are read from {' or '.join(_SUFFIXES)} files, got {path.suffix or 'no suffix'!r}."
@@ -97,47 +100,58 @@ def _path_of(name: str) -> Path:
 
 
 def _read(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
-    if path.stat().st_size == 0:
-        raise DataError(f"{name} is empty.")
+    """The rows as a `datasets.Dataset`, or as they are where Arrow has no one type for a column.
+
+    Parsed here and not by `datasets`: its JSON reader names no row, turns texts that look like dates into dates, and
+    answers from its cache when a file changes but its time stamp does not.
+    """
+    rows = _parse(path, name)
+    columns = {key: None for row in rows for key in row}
     import datasets
+    import pyarrow
 
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
-        return datasets.load_dataset("json", data_files=str(path), split="train")
-    except Exception:
-        # Arrow wants one type a column and names no row. Python's own reader finds the row, or accepts the mixture.
-        return _read_plainly(path, name)
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
+        return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
+    except (pyarrow.ArrowException, UnicodeError, TypeError, ValueError):
+        return rows
 
 
-def _read_plainly(path: Path, name: str) -> list[Mapping[str, Any]]:
+def _parse(path: Path, name: str) -> list[Mapping[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{name}, line {line}: not valid UTF-8 ({error.reason}); save the file as UTF-8.") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{name} is not valid JSON: {error}.") from None
-        numbered = list(enumerate(rows, start=1))
-    else:
-        numbered = []
-        for number, record in enumerate(text.splitlines(), start=1):
-            if record.strip():
-                try:
-                    numbered.append((number, json.loads(record)))
-                except ValueError as error:
-                    raise DataError(f"{name}, row {number}: not valid JSON ({error}).") from None
-    for number, row in numbered:
+    if not text:
+        raise DataError(f"{name} is empty.")
+    rows: list[Any] = _whole(text, name) if path.suffix == ".json" else _lines(text, name)
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{name}, row {number}: a row must be a JSON object, got {type(row).__name__}.")
-    return [row for _, row in numbered]
+    return rows
+
+
+def _whole(text: str, name: str) -> list[Any]:
+    """A JSON array of rows, or a single row; lines of JSON are often called `.json` too."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        if text.lstrip().startswith("["):
+            raise DataError(f"{name} is not valid JSON: {error}.") from None
+        return _lines(text, name)
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _lines(text: str, name: str) -> list[Any]:
+    """A row a line; not `splitlines`, because a JSON text may hold other line separators than the line feed."""
+    rows = []
+    for record in text.split("\n"):
+        if record.strip():
+            try:
+                rows.append(json.loads(record))
+            except ValueError as error:
+                raise DataError(f"{name}, row {len(rows) + 1}: not valid JSON ({error}).") from None
+    return rows
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

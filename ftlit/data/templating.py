@@ -78,61 +78,67 @@ class ChatTemplate:
         answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
         if not answers:
             raise DataError("a conversation needs at least one assistant turn to train on, got none.")
+        if all(message.role == "system" for message in conversation.messages[: answers[0]]):
+            raise DataError("a conversation must open with a user turn, got an assistant turn.")
         whole = self._together(conversation, answers)
         return [whole] if whole is not None else [self._one(conversation, answer) for answer in answers]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        except (TypeError, UnicodeError) as error:
+            raise DataError(f"the text cannot be tokenized; is it valid Unicode? ({error})") from None
 
     def _cut(self, conversation: Conversation, answer: int) -> tuple[str, str]:
         """The prompt before one answer, and the answer as the template closes it."""
         prompt = self.render(conversation.messages[:answer], prompt=True)
         closed = self.render(conversation.messages[: answer + 1])
         if not closed.startswith(prompt):
+            begins = closed[max(0, len(prompt) - 40) : len(prompt)]
             raise DataError(
                 "the chat template's generation prompt is not how it begins an answer "
-                f"(prompt ends in {prompt[-40:]!r}, the answered text has {closed[len(prompt) - 40 : len(prompt)]!r}); "
+                f"(prompt ends in {prompt[-40:]!r}, the answered text has {begins!r}); "
                 "give a data.chat_template whose add_generation_prompt matches."
             )
         return prompt, closed[len(prompt) :]
 
-    def _answer(self, ids: list[int], text: str) -> tuple[int, str]:
-        """How many tokens of a closed answer are trained (its last special token is the end), and the text after."""
+    def _trained(self, ids: list[int], text: str) -> int:
+        """How many tokens of a closed answer are trained: up to and with its last special token."""
         trained = max((place + 1 for place, token in enumerate(ids) if token in self._special), default=0)
         end = self.tokenizer.convert_ids_to_tokens(ids[trained - 1]) if trained else ""
-        tail = text[text.rfind(end) + len(end) :] if end else text
-        if tail.strip():
+        if not end or text[text.rfind(end) + len(end) :].strip():
             raise DataError(
                 f"the chat template closes an answer with no end token ({text[-30:]!r}), so the model could not learn "
                 "to stop; give a data.chat_template that does."
             )
-        return trained, tail
+        return trained
 
     def _together(self, conversation: Conversation, answers: list[int]) -> Example | None:
         """All answers in one example, or None where that would not be exact for each."""
         ids: list[int] = []
         weights: list[float] = []
-        done = ""
         for answer in answers:
-            prompt, text = self._cut(conversation, answer)
-            if not prompt.startswith(done):
+            before, trained = self._pair(conversation, answer)
+            if before[: len(ids)] != ids:
                 return None
-            between, own, full = self._tokenize([prompt[len(done) :], text, prompt])
-            if ids + between != full:
-                return None
-            trained, tail = self._answer(own, text)
-            ids += between + own[:trained]
-            weights += [0.0] * len(between) + [1.0] * trained
-            # The rest of the turn (a line break, as a rule) is written by the template, so it opens the next prompt.
-            done = prompt + text[: len(text) - len(tail)]
+            weights += [0.0] * (len(before) - len(ids)) + [1.0] * len(trained)
+            ids = before + trained
         return Example(ids, weights)
 
     def _one(self, conversation: Conversation, answer: int) -> Example:
         """One answer with its exact prompt."""
+        before, trained = self._pair(conversation, answer)
+        return Example(before + trained, [0.0] * len(before) + [1.0] * len(trained))
+
+    def _pair(self, conversation: Conversation, answer: int) -> tuple[list[int], list[int]]:
+        """The tokens that generation is fed before an answer, and the trained tokens of the answer."""
         prompt, text = self._cut(conversation, answer)
-        before, own = self._tokenize([prompt, text])
-        trained, _ = self._answer(own, text)
-        return Example(before + own[:trained], [0.0] * len(before) + [1.0] * trained)
+        before, whole = self._tokenize([prompt, prompt + text])
+        if whole[: len(before)] == before:
+            own = whole[len(before) :]
+        else:  # its first characters would merge with the prompt's last: generation cannot undo its prompt
+            (own,) = self._tokenize([text])
+        return before, own[: self._trained(own, text)]
 
 
 def mark(tokenizer: PreTrainedTokenizerBase, example: Example, opening: str = "⟦", closing: str = "⟧") -> str:

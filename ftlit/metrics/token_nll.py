@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,8 +25,12 @@ class TokenNLL(Metric):
         for name in ("nll", "hits", "weight"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def set_dtype(self, dst_type: torch.dtype) -> TokenNLL:
-        """Keeps float64, whatever the precision of the model."""
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> TokenNLL:
+        """Follows the model to its device, but not to its precision."""
+        device = fn(torch.zeros((), device=self.nll.device)).device
+        for name in ("nll", "hits", "weight"):
+            setattr(self, name, getattr(self, name).to(device))
+        self._device = device
         return self
 
     def update(self, logps: Tensor, correct: Tensor, weights: Tensor) -> None:

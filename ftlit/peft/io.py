@@ -99,7 +99,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PEFTStrategy:
 
 def _class_of(config: dict[str, Any]) -> type[PEFTStrategy]:
     # Only classes that name the method themselves: a user's subclass of LoRA does not take over LoRA's files.
-    kinds = {cls.peft_type: cls for cls in _subclasses(PEFTStrategy) if vars(cls).get("peft_type")}
+    kinds = {str(cls.peft_type): cls for cls in _subclasses(PEFTStrategy) if vars(cls).get("peft_type")}
     kind = config.get("peft_type")
     if kind not in kinds:
         raise ConfigError(f"adapter method {kind!r} is not one that ftlit has: {', '.join(sorted(kinds))}.")

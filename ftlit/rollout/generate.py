@@ -60,7 +60,9 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     for length in sorted({len(prompt) for prompt in prompts}):
         alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        for i, answer in zip(alike, _generate(lm, strategy, tokenizer, [prompts[i] for i in alike], **options), strict=True):
+        for i, answer in zip(
+            alike, _generate(lm, strategy, tokenizer, [prompts[i] for i in alike], **options), strict=True
+        ):
             answers[i] = answer
     return answers
 

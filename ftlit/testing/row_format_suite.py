@@ -56,7 +56,7 @@ class RowFormatSuite(ABC):
             assert self.make()(json.loads(json.dumps(row))) == conversation
 
     def test_turns_can_be_trained_on(self) -> None:
-        """Known roles, text that is not empty, an answer at the end, and every answer comes out of the template whole."""
+        """Known roles, an answer at the end, and every answer comes out of the template whole."""
         template = ChatTemplate(tiny_tokenizer())
         for row, _ in self.golden:
             conversation = self.make()(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -261,10 +261,10 @@ class _Nothing(PEFTStrategy):
     def apply(self, model: PreTrainedModel) -> None:
         """Nothing."""
 
-    def changes(self, model: PreTrainedModel):  # noqa: ANN201
+    def changes(self, model: PreTrainedModel) -> Any:
         """Nothing."""
 
-    def start(self, model: PreTrainedModel):  # noqa: ANN201
+    def start(self, model: PreTrainedModel) -> Any:
         """Nothing."""
 
 

@@ -46,6 +46,7 @@ def rows(tmp_path):
 @pytest.fixture
 def fit_args(rows, tiny_model_folder):
     return [
-        "fit", "--config", "sft", "--config", "trainer/cpu", "--config", "peft/lora", "--model.policy", tiny_model_folder,
-        "--model.peft.rank", "4", "--data.train", rows, "--data.validation", "0.25", "--data.batch_size", "3",
-    ]  # fmt: skip
+        *("fit", "--config", "sft", "--config", "trainer/cpu", "--config", "peft/lora"),
+        *("--model.policy", tiny_model_folder, "--model.peft.rank", "4"),
+        *("--data.train", rows, "--data.validation", "0.25", "--data.batch_size", "3"),
+    ]

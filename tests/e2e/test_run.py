@@ -23,7 +23,15 @@ def state(run, which="last"):
 
 def test_a_run_and_what_it_leaves_behind(ftlit, fit_args):
     assert ftlit(*fit_args, "--run", "r", "--trainer.max_epochs", "2") == 0
-    for piece in ("9 rows", "3 rows", "trained tokens between", "⟦", "6 optimizer steps of 3 examples", "LoRA", "step 6/6"):
+    for piece in (
+        "9 rows",
+        "3 rows",
+        "trained tokens between",
+        "⟦",
+        "6 optimizer steps of 3 examples",
+        "LoRA",
+        "step 6/6",
+    ):
         assert piece in ftlit.out
     rows = metrics("r")
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5, 6]
@@ -68,7 +76,9 @@ def test_print_config_is_a_config_to_start_from(ftlit, fit_args):
 
 
 @pytest.mark.parametrize("peft", ["lora", "full", "prefix_tuning", "prompt_tuning"])
-@pytest.mark.parametrize("extra", [[], ["--config", "trainer/gpu", "--trainer.accelerator", "cpu"]], ids=["cpu", "mixed"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--config", "trainer/gpu", "--trainer.accelerator", "cpu"]], ids=["cpu", "mixed"]
+)
 def test_every_shipped_strategy_runs_and_is_used(ftlit, rows, tiny_model_folder, peft, extra):
     args = ["--config", "sft", "--config", f"peft/{peft}", *extra]
     assert ftlit(
@@ -198,7 +208,16 @@ def test_classes_of_files_in_the_working_directory(ftlit, fit_args, rows):
         "        return Conversation((Message('user', row['q']), Message('assistant', row['a'])))\n"
     )
     Path("qa.jsonl").write_text('{"q": "Hi?", "a": "Yes."}\n' * 4)
-    args = ["--model.peft", "mine.MyLoRA", "--data.train", "qa.jsonl", "--data.format", "mine.QA", "--data.validation", "0.25"]
+    args = [
+        "--model.peft",
+        "mine.MyLoRA",
+        "--data.train",
+        "qa.jsonl",
+        "--data.format",
+        "mine.QA",
+        "--data.validation",
+        "0.25",
+    ]
     assert ftlit(*fit_args, *args, "--run", "r", "--trainer.max_steps", "1") == 0
     assert "MyLoRA" in ftlit.out
     assert ftlit("generate", "r", "--prompt", "Hi?", "--max_new_tokens", "2") == 0

@@ -133,7 +133,7 @@ def test_gradients_through_branches_equal_separate_sequences():
 def test_a_grandchild_sees_its_whole_line():
     lm = switched("llama")
     tokens = [list(e.input_ids) for e in tiny_examples((4, 3, 5))]
-    ids = sum(tokens, [])
+    ids = [token for part in tokens for token in part]
     batch = branches(tokens[0], tokens[1:]).replace(
         position_ids=torch.arange(len(ids))[None],
         segments=Segments([4, 3, 5], [-1, 0, 1]),

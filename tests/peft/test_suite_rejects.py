@@ -79,7 +79,9 @@ class TargetsNotMoved(PromptTuning):
 
 class OnePromptForTheRow(PromptTuning):
     def prepare(self, model, batch):
-        joined = batch.replace(segments=Segments([sum(batch.segments.lengths)]), target_segments=batch.target_segments * 0)
+        joined = batch.replace(
+            segments=Segments([sum(batch.segments.lengths)]), target_segments=batch.target_segments * 0
+        )
         return super().prepare(model, joined)
 
 
@@ -147,7 +149,7 @@ def _failures(strategy, tmp_path):
         if name.startswith("test_"):
             try:
                 getattr(suite, name)(*([tmp_path / name] if name == "test_adapter_folder_round_trip" else []))
-            except BaseException as error:  # noqa: BLE001 - pytest.fail raises a BaseException
+            except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 failed.add(name)

@@ -272,9 +272,7 @@ def test_families_train_alike_cut_or_whole(family):
 
 def test_it_learns():
     """Twenty rows by heart: from the entropy of guessing to almost nothing."""
-    _, record, _ = fit(
-        Full(), dtype=torch.float32, stage={"lr": 1e-2}, trainer={"max_epochs": 60}, batch_size=10
-    )
+    _, record, _ = fit(Full(), dtype=torch.float32, stage={"lr": 1e-2}, trainer={"max_epochs": 60}, batch_size=10)
     losses = [step["train/loss"] for step in record.steps]
     assert losses[0] > 4
     assert sum(losses[-2:]) / 2 < 0.3

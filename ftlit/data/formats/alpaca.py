@@ -27,7 +27,11 @@ class Alpaca(RowFormat):
         if not isinstance(history, list | tuple):
             raise RowError("history", "a list of pairs of texts", history)
         for number, pair in enumerate(history):
-            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
+            if (
+                not isinstance(pair, list | tuple)
+                or len(pair) != 2
+                or not all(isinstance(t, str) and t.strip() for t in pair)
+            ):
                 raise RowError(f"history[{number}]", "a pair of texts", pair)
             turns += [Message("user", pair[0]), Message("assistant", pair[1])]
         question = text_of(row, "instruction")
