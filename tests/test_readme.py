@@ -1,0 +1,57 @@
+"""The README is true: its extension recipes run, its commands exist, its paths are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ftlit.__main__ import MODELS, TRAINING
+from ftlit.shipped import names
+from ftlit.testing import PEFTStrategySuite, RowFormatSuite
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def recipe(name):
+    (block,) = [block for block in BLOCKS if f"class {name}(" in block]
+    scope = {"__name__": "mine"}
+    exec(block, scope)
+    return scope[name]
+
+
+class TestBitFitOfTheReadme(PEFTStrategySuite):
+    family = "qwen2"
+
+    def make(self):
+        return recipe("BitFit")()
+
+
+class TestQAOfTheReadme(RowFormatSuite):
+    golden = (({"q": "Hi?", "a": "Yes."}, (("user", "Hi?"), ("assistant", "Yes."))),)
+    bad = (({"q": "Hi?"}, "a"), ({"q": 3, "a": "Yes."}, "q"), ({"q": "Hi?", "a": " "}, "a"))
+
+    def make(self):
+        return recipe("QA")()
+
+
+def test_the_objective_of_the_readme():
+    import torch
+
+    logps = torch.tensor([0.5, 0.25]).log()
+    torch.testing.assert_close(recipe("Focal")(gamma=1.0)(logps), torch.tensor([0.5, 0.75]) * -logps)
+
+
+def test_commands_configs_and_scripts_exist():
+    for verb in re.findall(r"^ftlit (\w+)", README, re.M):
+        assert verb in {**TRAINING, **MODELS}
+    for config in re.findall(r"--config ([a-z]+(?:/\w+)?)(?=[\s`])", README):
+        assert config in names()
+    for script in re.findall(r"scripts/[\w/.]+\w", README):
+        assert (ROOT / script).exists()
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "LICENSE", ".pre-commit-config.yaml", ".ci/run", "ftlit/py.typed"])
+def test_what_belongs_to_a_project_is_there(name):
+    assert (ROOT / name).exists()
