@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 512
 TOLERANCE = 1e-3
-# `default` runs under bfloat16 autocast: its loss is known to 3 significant digits only.
-BF16_TOLERANCE = 3e-2
+# `default` runs under bfloat16 autocast: its loss was 1.4e-3 off on SmolLM2-135M.
+BF16_TOLERANCE = 1e-2
 TRL_CONFIGURATIONS = ("packed", "bucketed", "default")
 # What `--trl best` tries: how many examples TRL takes at once matters as much as how it lays them out.
 TRL_MICROS = (8, 2, 1)
