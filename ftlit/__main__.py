@@ -70,6 +70,9 @@ def main(args: list[str] | None = None) -> int:
     except FtlitError as error:
         print(f"ftlit: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"ftlit: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ftlit: interrupted", file=sys.stderr)
         return 130

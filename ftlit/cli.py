@@ -17,7 +17,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ftlit import callbacks, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, WritePredictions
@@ -107,14 +107,16 @@ class CLI(LightningCLI):
         config = self.config[verb]
         folder = self._folder(verb, config)
         config.run = str(folder)
+        given = config.trainer.callbacks
+        config.trainer.callbacks = given if isinstance(given, list) else [] if given is None else [given]
+        if config.trainer.max_epochs is None:  # one epoch, unless a number of steps says when to stop
+            config.trainer.max_epochs = 1 if config.trainer.max_steps in (-1, None) else -1
         config.trainer.default_root_dir = str(folder)
         if verb == "fit":
             _prepare_wandb(config.trainer, folder)
         else:
             config.trainer.logger = False
-            config.trainer.callbacks = [
-                c for c in config.trainer.callbacks or [] if not c.class_path.endswith("Checkpoint")
-            ]
+            config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
         if "ckpt_path" in config:
             config.ckpt_path = _checkpoint(config.ckpt_path, folder, verb)
@@ -124,9 +126,12 @@ class CLI(LightningCLI):
         if RUN_VARIABLE in os.environ:  # a further rank of a run that is already on its way
             return Path(os.environ[RUN_VARIABLE])
         kind = config.model.class_path.rsplit(".", 1)[-1].lower()
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+        if verb == "fit" and rank is not None and not config.run:
+            raise ConfigError("several processes were started from outside: give --run, so that all use one folder.")
         folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
         if verb == "fit":
-            if (folder / "config.yaml").exists() and not config.ckpt_path:
+            if rank in (None, "0") and (folder / "config.yaml").exists() and not config.ckpt_path:
                 raise ConfigError(
                     f"{folder} already holds a run: give another --run, or continue it with --ckpt_path last."
                 )
@@ -137,7 +142,9 @@ class CLI(LightningCLI):
         """Adds what every run has: metrics.csv, reports, adapters, progress."""
         trainer = self.config_init[str(self.subcommand)]["trainer"]
         folder = Path(trainer["default_root_dir"])
-        if self.subcommand == "fit" and not trainer.get("fast_dev_run"):
+        if trainer.get("fast_dev_run"):
+            kwargs["logger"] = False
+        elif self.subcommand == "fit":
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
             resumed = bool(self.config_init["fit"].get("ckpt_path"))
@@ -194,7 +201,14 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in ("litlogger", "LeafSpec", "does not have many workers", "ModelCheckpoint", "`isinstance\\(treespec"):
+    for text in (
+        "litlogger",
+        "LeafSpec",
+        "does not have many workers",
+        "ModelCheckpoint",
+        "`isinstance\\(treespec",
+        "callbacks used to create the checkpoint",
+    ):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
     warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning, message=".*checkpoint directory.*")
 
@@ -232,6 +246,8 @@ def run(args: list[str]) -> int:
             )
     except SIGTERMException:
         return 143
+    except (MisconfigurationException, FloatingPointError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     finally:
         os.environ.pop(RUN_VARIABLE, None)
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ftlit.errors import ConfigError, nearest
+from ftlit.errors import ConfigError, FtlitError, nearest
 
 # What people coming from TRL, PEFT, LLaMA-Factory and axolotl type first.
 FOREIGN = {
@@ -63,8 +63,18 @@ def explain(parser_of: Any) -> Iterator[None]:
     """
     try:
         yield
-    except ArgumentError as error:
-        raise ConfigError(sentence(str(error.message), _keys(parser_of()))) from None
+    except FtlitError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
+        # A constructor's own refusal arrives wrapped: the parser tries every type of a union.
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, FtlitError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, ArgumentError):
+            raise ConfigError(sentence(str(error.message), _keys(parser_of()))) from None
+        raise
 
 
 def sentence(message: str, keys: list[str]) -> str:

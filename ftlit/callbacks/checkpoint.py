@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from ftlit.errors import ConfigError
+
 
 class SaveCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt`, and with validation rows the best by `monitor`.
@@ -23,12 +25,12 @@ class SaveCheckpoint(ModelCheckpoint):
         save_best: Whether to keep the best.
 
     Raises:
-        ValueError: If `every_n_steps` is not positive.
+        ConfigError: If `every_n_steps` is not positive.
     """
 
     def __init__(self, every_n_steps: int | None = None, monitor: str = "val/loss", save_best: bool = True) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1 optimizer step, got {every_n_steps}.")
+            raise ConfigError(f"every_n_steps must be at least 1 optimizer step, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         super().__init__(
             filename="best",
@@ -53,17 +55,19 @@ class SaveCheckpoint(ModelCheckpoint):
     ) -> None:
         # Not Lightning's every_n_train_steps: it waits for the monitored metric, and saves nothing before there is one.
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self.every_n_steps and not trainer.fast_dev_run and trainer.global_step % self.every_n_steps == 0:
             self._save_last(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self.monitor is None:
+        if self.monitor is None and not trainer.fast_dev_run:
             self._save_last(trainer)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
         super().on_train_end(trainer, pl_module)
         self._save_last(trainer)  # whatever validation was set to: the end of a run is kept
 

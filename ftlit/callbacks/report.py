@@ -56,7 +56,10 @@ class Report(L.Callback):
             lines.append(f"steps      {pl_module.num_steps:,} optimizer steps of {step} examples")
             color = sys.stdout.isatty()
             marks = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
-            lines += [f"example    (trained tokens {'in green' if color else 'between ⟦ ⟧'})", data.rendered(0, *marks)]
+            lines += [
+                f"example    (trained tokens {'in green' if color else 'between ⟦ ⟧'})",
+                data.rendered(0, *marks, most=1200),
+            ]
         print("\n".join(lines), flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

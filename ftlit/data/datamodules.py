@@ -146,6 +146,7 @@ class SFTData(L.LightningDataModule):
         accumulate = getattr(stage, "accumulate", 1)
         self._loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
         self._loader.taken = self._taken
+        self._loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,9 +299,19 @@ class SFTData(L.LightningDataModule):
         """A line of counts for each set of rows."""
         return [counts.line() for counts in self.statistics]
 
-    def rendered(self, index: int = 0, opening: str = "⟦", closing: str = "⟧") -> str:
-        """A training example as text with its trained tokens marked."""
-        return mark(self.template.tokenizer, self.sets["train"][index], opening, closing)
+    def rendered(self, index: int = 0, opening: str = "⟦", closing: str = "⟧", most: int | None = None) -> str:
+        """A training example as text with its trained tokens marked.
+
+        Args:
+            index: Which.
+            opening: Mark before a trained stretch.
+            closing: Mark after it.
+            most: Characters to show; the middle of a longer text is left out.
+        """
+        text = mark(self.template.tokenizer, self.sets["train"][index], opening, closing)
+        if most is None or len(text) <= most:
+            return text
+        return f"{text[: most // 2]}\n[... {len(text) - most:,} characters ...]\n{text[-most // 2 :]}"
 
 
 __all__ = ["MAIN", "SFTData", "Statistics"]

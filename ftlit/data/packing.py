@@ -139,19 +139,23 @@ class StepLoader:
     def __init__(self, examples: Sequence[Example], planner: StepPlanner, rank: int = 0) -> None:
         self.examples, self.planner, self.rank = examples, planner, rank
         self.taken = 0
+        self.repeat = False
 
     def __len__(self) -> int:
         return len(self.planner)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Yields as many steps as an epoch has, from the present position on."""
-        planned, steps = -1, list[Step]()
+        """Yields as many steps as an epoch has, from the present position on (with `repeat`, from the first)."""
+        if self.repeat:
+            self.taken = 0
+        known, order = -1, list[int]()
         for _ in range(len(self)):
             epoch, number = divmod(self.taken, len(self))
-            if epoch != planned:
-                planned, steps = epoch, self.planner.plan(epoch)
+            if epoch != known:
+                known, order = epoch, self.planner.order(epoch)
             self.taken += 1
-            step = steps[number]
+            size = self.planner.examples_per_step
+            step = self.planner.step(order[number * size : (number + 1) * size])
             yield StepBatch([_pack(self.examples, part) for part in step.ranks[self.rank]], step.totals)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -91,6 +92,7 @@ class Stage(L.LightningModule):
         self.policy: Policy | None = None
         self.accumulate = 1
         self.planned_steps = 0
+        self._given: tuple[int, int | None] = (1, 1)
         self.grad_norm: Tensor | None = None
         self.step_metrics: dict[str, float] = {}
         self.start_metrics: dict[str, float] = {}
@@ -217,14 +219,26 @@ class Stage(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
-        if stage == "fit":
-            self.accumulate = self.trainer.accumulate_grad_batches
-            self.trainer.accumulate_grad_batches = 1
+        if stage != "fit":
+            return
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+            raise ConfigError(
+                "GradientAccumulationScheduler does not work with ftlit, where a batch is a whole optimizer step; "
+                "set trainer.accumulate_grad_batches."
+            )
+        self._given = (self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch)
+        self.accumulate = self.trainer.accumulate_grad_batches
+        self.trainer.accumulate_grad_batches = 1
+        data: Any = getattr(self.trainer, "datamodule", None)
+        interval = self.trainer.val_check_interval
+        steps = len(data.planner(self.accumulate, self.trainer.world_size)) if hasattr(data, "planner") else interval
+        if isinstance(interval, int) and interval > steps:
+            self.trainer.check_val_every_n_epoch = None  # every so many steps, across epochs
 
     def teardown(self, stage: str) -> None:
-        """Gives the Trainer its setting back."""
+        """Gives the Trainer its settings back."""
         if stage == "fit":
-            self.trainer.accumulate_grad_batches = self.accumulate
+            self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch = self._given
 
     def on_train_start(self) -> None:
         """Notes the length of the run."""

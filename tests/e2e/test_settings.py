@@ -1,0 +1,110 @@
+"""Lightning's settings mean what a user expects of them, and mistakes are one sentence."""
+
+import itertools
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from test_run import metrics
+
+
+def test_max_steps_may_go_beyond_an_epoch(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r", "--trainer.max_steps", "7") == 0  # three steps an epoch
+    assert metrics("r")[-1]["step"] == 7
+
+
+def test_one_epoch_without_a_word(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r") == 0
+    assert metrics("r")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(("interval", "at"), [("2", [0, 2, 5, 8, 9]), ("4", [0, 4, 8, 9]), ("0.34", [0, 1, 2, 3])])
+def test_val_check_interval(ftlit, fit_args, interval, at):
+    epochs = "1" if "." in interval else "3"
+    args = ["--trainer.val_check_interval", interval, "--trainer.max_epochs", epochs]
+    assert ftlit(*fit_args, *args, "--run", "r") == 0
+    assert [int(row["step"]) for row in metrics("r") if "val/loss" in row] == at
+
+
+def test_overfit_batches_sees_the_same_rows_again(ftlit, fit_args):
+    args = ["--trainer.overfit_batches", "1", "--trainer.max_epochs", "6", "--model.lr", "0.05"]
+    assert ftlit(*fit_args, *args, "--run", "r") == 0
+    losses = [row["train/loss"] for row in metrics("r") if "train/loss" in row]
+    assert len(losses) == 6
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+
+
+def test_limit_train_batches(ftlit, fit_args):
+    args = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "2"]
+    assert ftlit(*fit_args, *args, "--run", "r") == 0
+    assert "4 optimizer steps" in ftlit.out
+    assert metrics("r")[-1]["step"] == 4
+
+
+def test_fast_dev_run_leaves_nothing_behind(ftlit, fit_args):
+    assert ftlit(*fit_args, "--trainer.fast_dev_run", "true", "--run", "r") == 0
+    assert not Path("r").exists() or not any(Path("r").iterdir())
+
+
+def test_callbacks_may_be_replaced(ftlit, fit_args):
+    Path("own.yaml").write_text("trainer:\n  callbacks:\n    - class_path: LearningRateMonitor\n")
+    assert ftlit(*fit_args, "--config", "own.yaml", "--run", "r") == 0
+    assert not Path("r/checkpoints").exists() or not list(Path("r/checkpoints").glob("best*"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_precisions_learn(ftlit, fit_args, precision):
+    args = ["--trainer.precision", precision, "--trainer.max_epochs", "4", "--model.lr", "0.02"]
+    assert ftlit(*fit_args, *args, "--run", "r") == 0
+    losses = [row["val/loss"] for row in metrics("r") if "val/loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+
+
+MISTAKES = {
+    "no data file": (["--data.train", "nope.jsonl"], "nope.jsonl does not exist"),
+    "nearest file": (["--data.train", "row.jsonl"], "did you mean 'rows.jsonl'?"),
+    "validation file": (["--data.validation", "nope.jsonl"], "nope.jsonl does not exist"),
+    "share of one": (["--data.validation", "1.0"], "must be between 0 and 1"),
+    "share of all": (["--data.validation", "0.99"], "leaves none to train on"),
+    "model folder": (["--model.policy", "./nope"], "model ./nope does not exist"),
+    "hub id offline": (["--model.policy", "nobody/nothing"], "cannot be loaded"),
+    "tiny max_length": (["--data.max_length", "4"], "raise it"),
+    "max_length 1": (["--data.max_length", "1"], "at least 2 tokens, got 1"),
+    "rank 0": (["--model.peft.rank", "0"], "rank must be at least 1, got 0"),
+    "rank too large": (["--model.peft.rank", "64"], "exceeds the smaller side"),
+    "target": (["--model.peft.target_modules", "q_projj"], "matches no linear layer"),
+    "rate": (["--model.lr", "-1"], "lr must be positive"),
+    "checkpoint": (["--ckpt_path", "nope.ckpt"], "checkpoint nope.ckpt does not exist"),
+    "checkpoint of no run": (["--ckpt_path", "last"], "there is no r/checkpoints/last.ckpt"),
+    "scheduler": (
+        ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"],
+        "set trainer.accumulate_grad_batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(ftlit, fit_args, name):
+    args, says = MISTAKES[name]
+    assert ftlit(*fit_args, "--run", "r", *args) == 1
+    lines = [line for line in ftlit.err.splitlines() if line.startswith("ftlit: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in ftlit.err
+
+
+def test_a_broken_row_is_named(ftlit, fit_args):
+    text = Path("rows.jsonl").read_text().splitlines()
+    text[6] = '{"messages": [{"role": "user", "content": null}]}'
+    Path("rows.jsonl").write_text("\n".join(text))
+    assert ftlit(*fit_args, "--run", "r") == 1
+    assert "rows.jsonl, row 7: column 'messages[0].content' must hold non-empty text, got null" in ftlit.err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_unwritable_folder_is_one_sentence(ftlit, fit_args, tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(stat.S_IRUSR)
+    assert ftlit(*fit_args, "--run", "locked/r") == 1
+    assert "Permission denied" in ftlit.err
