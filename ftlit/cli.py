@@ -65,7 +65,9 @@ class SaveConfig(SaveConfigCallback):
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_unset=False, overwrite=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # where this process went on from is not a setting of the run
+        self.parser.save(config, str(path), skip_unset=False, overwrite=True)
         self.already_saved: bool = True
 
 

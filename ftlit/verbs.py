@@ -85,8 +85,8 @@ def _ask(opened: Opened, options: argparse.Namespace, turns: list[Message], stre
     from ftlit.data.templating import ChatTemplate
     from ftlit.rollout.generate import generate
 
-    system = opened.system if options.system is None else options.system
-    if system:
+    system = opened.system if options.system is None else options.system or None
+    if system is not None:
         turns = [Message("system", system), *turns]
     prompt = ChatTemplate(opened.tokenizer).prompt_ids(turns)
     (answer,) = generate(

@@ -60,7 +60,7 @@ class Progress(ProgressBar):
             return
         if trainer.sanity_checking and trainer.ckpt_path:
             return
-        values = getattr(pl_module, "last_metrics", {})
+        values = getattr(pl_module, "start_metrics" if trainer.sanity_checking else "last_metrics", {})
         losses = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss"))
         if losses:
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"

@@ -31,7 +31,18 @@ class Report(L.Callback):
         self._began = 0.0
         self._first = 0
         self._tokens = self._targets = 0
-        self._busy = 0.0
+        self._busy = self._earlier = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """What the run did so far, for when it goes on."""
+        now = time.perf_counter() - self._began if self._began else 0.0
+        seconds = self._earlier + now
+        return {"seconds": seconds, "busy": self._busy, "tokens": self._tokens, "targets": self._targets}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adds to it."""
+        self._earlier, self._busy = state_dict["seconds"], state_dict["busy"]
+        self._tokens, self._targets = state_dict["tokens"], state_dict["targets"]
 
     # ---- the start ------------------------------------------------------------------------------------------------
 
@@ -82,6 +93,9 @@ class Report(L.Callback):
         """Prints and writes the summary and draws the curve."""
         if not trainer.is_global_zero:
             return
+        if not self._began or trainer.global_step == self._first:
+            print(f"nothing was left to train: the run already has its {trainer.global_step} steps", flush=True)
+            return
         folder = Path(trainer.default_root_dir)
         assert pl_module.policy is not None
         trained, changed, total = count(pl_module.policy.lm, pl_module.strategy)
@@ -93,7 +107,7 @@ class Report(L.Callback):
             "changed_parameters": changed,
             "total_parameters": total,
             "optimizer_steps": trainer.global_step,
-            "seconds": time.perf_counter() - self._began,
+            "seconds": self._earlier + time.perf_counter() - self._began,
             "seconds_in_steps": self._busy,
             "tokens": self._tokens,
             "trained_tokens": self._targets,
@@ -111,8 +125,10 @@ class Report(L.Callback):
             f"{summary['tokens_per_s']:.0f} tokens/s, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
             f"peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB"
         ]
-        for key, value in end.items():
-            if key.endswith("loss"):
+        for key, value in {**dict.fromkeys(start, None), **end}.items():
+            if key.endswith("loss") and value is None:
+                lines.append(f"{key:<10} {start[key]:.4f} before training, not measured afterwards")
+            elif key.endswith("loss"):
                 before = f"{start[key]:.4f} -> " if key in start else ""
                 lines.append(f"{key:<10} {before}{value:.4f} nats a trained token")
         for logger in trainer.loggers:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ftlit.batch import Example
 from ftlit.data.formats import Conversation, RowFormat
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
-from ftlit.data.sources import Source, fill, with_system
+from ftlit.data.sources import Source, fill, refuse_placeholders, with_system
 from ftlit.data.templating import ChatTemplate, mark
 from ftlit.errors import ConfigError, DataError
 
@@ -106,8 +106,6 @@ class SFTData(L.LightningDataModule):
         self.sets: dict[str, list[Example]] = {}
         self.prompts: list[tuple[Conversation, list[int]]] = []
         self._template: ChatTemplate | None = None
-        self._loader: StepLoader | None = None
-        self._taken = 0
         self._check()
 
     def _check(self) -> None:
@@ -144,18 +142,10 @@ class SFTData(L.LightningDataModule):
         world, rank = self._ranks()
         stage = getattr(self.trainer, "lightning_module", None)
         accumulate = getattr(stage, "accumulate", 1)
-        self._loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
-        self._loader.taken = self._taken
-        self._loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
-        return self._loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer steps taken: Lightning restores a loader's own state only in the middle of an epoch."""
-        return {"taken": self._taken if self._loader is None else self._loader.taken}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after them."""
-        self._taken = int(state_dict["taken"])
+        loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        loader.taken = getattr(self.trainer, "global_step", 0)
+        loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
+        return loader
 
     def planner(self, accumulate: int = 1, world: int = 1) -> StepPlanner:
         """The plan of the training rows."""
@@ -245,10 +235,14 @@ class SFTData(L.LightningDataModule):
         if file is None:
             raise ConfigError(f"data.{what} is missing: give a .json or .jsonl file.")
         source = Source(file, self.row_format)
-        return [
-            (source, index, fill(with_system(source.conversation(index), self.system), self.fill))
-            for index in range(len(source))
-        ]
+        rows = []
+        for index in range(len(source)):
+            conversation = fill(with_system(source.conversation(index), self.system), self.fill)
+            if source.is_sample:
+                with source.at(index):
+                    refuse_placeholders(conversation)
+            rows.append((source, index, conversation))
+        return rows
 
     def _split(self, rows: list[Any], share: float) -> tuple[list[Any], list[Any]]:
         held_out = max(1, round(share * len(rows)))

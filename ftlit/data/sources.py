@@ -30,6 +30,7 @@ class Source:
 
     def __init__(self, name: str, row_format: RowFormat | None = None) -> None:
         self.name = name
+        self.is_sample = name.startswith("sample:")
         self.path = _path_of(name)
         self.rows: Sequence[Mapping[str, Any]] = _read(self.path, name)
         if not len(self.rows):
@@ -68,6 +69,17 @@ def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
             for role, content in conversation.messages
         )
     )
+
+
+def refuse_placeholders(conversation: Conversation) -> None:
+    """Stops where a shipped row still has a `{{key}}`.
+
+    Raises:
+        DataError: Naming the key and what to set.
+    """
+    for _, content in conversation.messages:
+        if found := re.search(r"\{\{(\w+)\}\}", content):
+            raise DataError(f"the placeholder {found[0]} has no value: set data.fill, such as {{{found[1]}: ...}}.")
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

@@ -65,6 +65,11 @@ class ChatTemplate:
             roles = ", ".join(role for role, _ in messages)
             raise DataError(f"the chat template refuses these turns ({roles}): {error}") from None
 
+    def end_tokens(self) -> list[int]:
+        """The tokens that the template closes an answer with, which is what training teaches the model to end with."""
+        closed = self.encode(Conversation((Message("user", "Hello"), Message("assistant", "Hello"))))
+        return [int(closed[-1].input_ids[-1])]
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that generation is fed to answer some messages."""
         return self._tokenize([self.render(messages, prompt=True)])[0]

@@ -83,7 +83,10 @@ def _open_run(folder: Path, which: str) -> Opened:
         from ftlit.data.templating import ChatTemplate
 
         ChatTemplate(tokenizer, data["chat_template"])
-    return Opened(lm.eval(), strategy, tokenizer, settings["policy"], data.get("system"))
+    system = data.get("system")
+    for key, value in (data.get("fill") or {}).items():
+        system = system and system.replace("{{" + key + "}}", value)
+    return Opened(lm.eval(), strategy, tokenizer, settings["policy"], system)
 
 
 def _strategy(config: dict[str, Any] | None) -> PEFTStrategy:

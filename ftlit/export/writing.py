@@ -10,6 +10,7 @@ from ftlit.errors import ConfigError
 from ftlit.export.opening import Opened
 from ftlit.models.load import make_saveable
 from ftlit.peft.io import save_adapter
+from ftlit.rollout.generate import end_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,12 +39,14 @@ def write_model(opened: Opened, to: str | Path, dtype: str = "float32") -> None:
     Raises:
         ConfigError: If the strategy cannot be merged.
     """
-    folder = prepare_folder(to)
     if opened.strategy is not None:
-        opened.strategy.merge(opened.lm)
+        opened.strategy.merge(opened.lm)  # raises before anything is written
+    folder = prepare_folder(to)
     lm = opened.lm.to(DTYPES[dtype])
     lm.set_attn_implementation("sdpa")
     make_saveable(lm)
+    # The template's end token may not be the tokenizer's: others must stop there too.
+    lm.generation_config.eos_token_id = end_tokens(lm, opened.tokenizer) or None
     lm.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 

@@ -56,10 +56,19 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
 
     with _explained(name):
         lm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
+    prepare(lm)
+    return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
+
+
+def prepare(lm: PreTrainedModel) -> None:
+    """Switches a model to packed attention and checks that packing is right for it.
+
+    Raises:
+        ConfigError: If it is not.
+    """
     lm.config.use_cache = True
     use_segment_attention(lm)
     check_packing(lm)
-    return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
 
 
 def resolve(name: str) -> str:
@@ -105,11 +114,7 @@ def _explained(name: str) -> Iterator[None]:
 
 def _converted(gguf: Path) -> Path:
     """The transformers folder made from a GGUF file, once for each content."""
-    stat = gguf.stat()
-    with gguf.open("rb") as file:
-        head = file.read(1 << 20)
-    key = hashlib.sha256(head + f"{stat.st_size}".encode()).hexdigest()[:16]
-    target = cache_dir() / "gguf" / f"{gguf.stem}-{key}"
+    target = cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
     if target.exists():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,6 +132,17 @@ def _converted(gguf: Path) -> Path:
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _fingerprint(path: Path, blocks: int = 256, block: int = 1 << 16) -> str:
+    """A hash of a file's size and of blocks spread over all of it: 16 MiB are read, however large the file is."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(blocks):
+            file.seek(max(0, (size - block) * number // (blocks - 1)))
+            digest.update(file.read(block))
+    return digest.hexdigest()[:16]
 
 
 def make_saveable(lm: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ class Policy(nn.Module):
         strategy.apply(lm)
         self.lm = lm
         self.strategy = strategy
+        self.longest = longest_exact(lm)
 
     def score(self, batch: PackedBatch) -> TokenScores:
         """Scores every target of a micro-batch.
@@ -48,6 +50,11 @@ class Policy(nn.Module):
             Log-probability (nats) and top-1 hit of each target, `[N]`.
         """
         batch = self.strategy.prepare(self.lm, batch)
+        if self.longest is not None and max(batch.segments.lengths) > self.longest:
+            raise ConfigError(
+                f"{type(self.lm).__name__} scales its positions by the longest example of a row beyond {self.longest} "
+                f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
+            )
         return score_packed(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
 
     def forward(self, batch: PackedBatch) -> TokenScores:
@@ -112,6 +119,24 @@ def use_segment_attention(lm: PreTrainedModel) -> None:
         raise ConfigError(f"{type(lm).__name__} cannot use packed attention: {error}") from None
 
 
+def longest_exact(lm: PreTrainedModel) -> int | None:
+    """The longest example that packing scores exactly, tokens; None: any.
+
+    Dynamic and long-rope position embeddings take their factor from the largest position of the whole row.
+    """
+    config = lm.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    moving = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope")]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for kind in moving
+    ]
+    return int(min(limits)) if limits else None
+
+
 def recompute_activations(lm: PreTrainedModel) -> None:
     """Switches a model to recompute the activations of each layer in backward."""
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # before 5.20
@@ -144,13 +169,18 @@ def check_packing(lm: PreTrainedModel) -> None:
             logits = lm(input_ids=ids, use_cache=False).logits[0, :-1]
             logps = torch.log_softmax(logits.to(packed.dtype), dim=-1)
             singly.append(logps.gather(1, ids[0, 1:, None])[:, 0])
-    except TypeError as error:
-        raise ConfigError(f"{type(lm).__name__} cannot run packed batches: {error}") from None
+    except ConfigError:
+        raise
+    except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{type(lm).__name__} cannot run packed batches: {first}") from None
     finally:
         lm.train(was)
     tolerance = 1e-3 if packed.dtype != torch.float32 or lm.dtype == torch.float32 else 0.25
     worst = (packed - torch.cat(singly)).abs().max().item()
-    if not worst <= tolerance:
+    if not math.isfinite(worst):
+        raise ConfigError(f"{type(lm).__name__} gives log-probabilities that are not finite; its weights are broken.")
+    if worst > tolerance:
         raise ConfigError(
             f"{type(lm).__name__} gives other log-probabilities packed than one example at a time "
             f"(off by {worst:.3g} nats); ftlit cannot train it correctly yet."

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 _PREFIX = "base_model.model."
 
+# Fields of a LoRA `adapter_config.json` that may say something: read below, or without influence on the loaded model
+# (which modules are adapted is read off the tensors).
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "auto_mapping", "peft_version", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
+}
+
 
 class LoRA(PEFTStrategy):
     """Adds `scale * B A x` to linear layers and trains only A and B.
@@ -97,10 +105,12 @@ class LoRA(PEFTStrategy):
 
     def _no_match(self, pattern: str, linear: Mapping[str, nn.Module]) -> None:
         endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise ConfigError(
-            f"LoRA's target_modules {pattern!r} matches no linear layer that can be adapted; "
-            f"this model has: {', '.join(endings) or 'none'}."
+        has = (
+            f"this model has: {', '.join(endings)}."
+            if endings
+            else "this model has no torch.nn.Linear (GPT-2 has none)."
         )
+        raise ConfigError(f"LoRA's target_modules {pattern!r} matches no linear layer that can be adapted; {has}")
 
     @staticmethod
     def _adapters(model: PreTrainedModel) -> dict[str, LoRALinear]:
@@ -162,13 +172,12 @@ class LoRA(PEFTStrategy):
     @override
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PEFTStrategy:
-        unsupported = [
-            field
-            for field in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-            if config.get(field)
-        ]
+        unsupported = sorted(field for field, value in config.items() if value and field not in _UNDERSTOOD)
         if config.get("bias", "none") != "none":
             unsupported.append("bias")
+        if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+            # PiSSA, OLoRA and their kin also change the base model when they are loaded.
+            unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")
         unsupported += sorted({"other tensors" for key in state if not re.search(r"\.lora_[AB]\.weight$", key)})
         if unsupported:
             raise ConfigError(f"this LoRA adapter uses {', '.join(unsupported)}, which ftlit cannot read yet.")

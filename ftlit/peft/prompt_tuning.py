@@ -124,12 +124,13 @@ class PromptTuning(VirtualTokens):
             lengths.append(length + (virtual if parent < 0 else 0))
         # index_select, not fancy indexing: the prompt's rows repeat, and only its backward is repeatable.
         inputs = torch.cat([prompt, embeds]).index_select(0, torch.cat(rows))
-        moved = torch.tensor(shifts, device=device)[batch.target_segments]
+        # A target moves with the segment that holds its state: a branch's first token is predicted from its parent.
+        moved = torch.tensor(shifts, device=device).repeat_interleave(torch.tensor(segments.lengths, device=device))
         return batch.replace(
             inputs_embeds=inputs[None],
             position_ids=torch.cat(positions)[None],
             segments=Segments(lengths, segments.parents),
-            target_positions=batch.target_positions + moved,
+            target_positions=batch.target_positions + moved[batch.target_positions],
         )
 
     @override

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftlit.data.templating import ChatTemplate
+from ftlit.errors import DataError
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -14,11 +17,15 @@ if TYPE_CHECKING:
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+    """Every token that ends an answer: the tokenizer's, the chat template's, those of the model's generation config."""
     ends = getattr(lm.generation_config, "eos_token_id", None)
     ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        # A template that cannot be trained on (it closes no answer, say) adds nothing.
+        with contextlib.suppress(DataError):
+            ends.update(ChatTemplate(tokenizer).end_tokens())
     return sorted(ends)
 
 

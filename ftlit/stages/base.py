@@ -16,13 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
+from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
-from ftlit.models.load import load_lm, load_tokenizer
+from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
 from ftlit.peft import Full, PEFTStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_LOSS = "the loss that is minimized"  # beside the metrics of a step, which may be others
 
 
 class MicroLoss(NamedTuple):
@@ -152,6 +156,7 @@ class Stage(L.LightningModule):
             lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
         else:
             lm = self.source
+            prepare(lm)
         if self.gradient_checkpointing:
             recompute_activations(lm)
         self.policy = Policy(lm, self.strategy).train()
@@ -241,8 +246,14 @@ class Stage(L.LightningModule):
             self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch = self._given
 
     def on_train_start(self) -> None:
-        """Notes the length of the run."""
+        """Notes the length of the run, and where its loader is.
+
+        The position is the number of optimizer steps and nothing else: Lightning restores a loader's own state only in
+        the middle of an epoch, and after an interruption inside a step it is one ahead.
+        """
         self.planned_steps = self.num_steps
+        if isinstance(self.trainer.train_dataloader, StepLoader):
+            self.trainer.train_dataloader.taken = self.trainer.global_step
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """One optimizer step; returns the loss of its last micro-batch with the gradient still to be taken."""
@@ -256,7 +267,7 @@ class Stage(L.LightningModule):
         sums: dict[str, Tensor] = {}
         for number, micro in enumerate(batch.micro_batches, start=1):
             result = self.micro_loss(micro)
-            for name, value in result.sums.items():
+            for name, value in {**result.sums, _LOSS: result.loss}.items():
                 sums[name] = sums[name] + value if name in sums else value
             loss = result.loss * scale
             if number < len(batch.micro_batches):
@@ -280,10 +291,11 @@ class Stage(L.LightningModule):
         values = torch.stack([sums[name].detach().double() for name in names])
         values = self.trainer.strategy.reduce(values, reduce_op="sum") / self.total(batch.totals)
         means = dict(zip(names, values.tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
+        loss = means.pop(_LOSS)
+        if not math.isfinite(loss):
             rows = [row for micro in batch.micro_batches for row in micro.examples]
             raise FloatingPointError(
-                f"the loss of optimizer step {self.trainer.global_step + 1} is {means['loss']} (training examples "
+                f"the loss of optimizer step {self.trainer.global_step + 1} is {loss} (training examples "
                 f"{rows}); lower model.lr, or look at these rows with `ftlit data`."
             )
         return means

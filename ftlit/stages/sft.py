@@ -76,13 +76,13 @@ class SFT(Stage):
             values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
         if self.trainer.sanity_checking and self.trainer.ckpt_path:
             return  # a run that goes on has its start behind it
-        self.last_metrics = values
         if self.trainer.sanity_checking:
             # The whole validation runs once before training: where the run starts from.
             self.start_metrics = values
             for logger in self.trainer.loggers:
                 logger.log_metrics({**values}, step=0)
             return
+        self.last_metrics = values
         if loop == "val" and self.trainer.state.fn == "fit":
             self.log_position()
         for key, value in values.items():

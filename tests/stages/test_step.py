@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ftlit.batch import pack
 from ftlit.data.packing import StepLoader, StepPlanner
+from ftlit.errors import ConfigError
 from ftlit.objectives.sft import TokenObjective
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.stages import SFT
@@ -224,19 +225,45 @@ def test_an_objective_of_ones_own():
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     class Poison(TokenObjective):
         def __call__(self, logps):
-            return logps
+            return -logps * float("nan")
 
-    lm = tiny_lm("llama")
-    with torch.no_grad():
-        lm.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    module = SFT(policy=lm, peft=LoRA(rank=2))
+    module = SFT(policy=tiny_lm("llama"), peft=LoRA(rank=2), objective=Poison())
     runner = L.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"optimizer step 1 is nan .*lower model.lr"):
         runner.fit(module, Data(tiny_examples(LENGTHS)))
-    assert all(torch.isfinite(p).all() for n, p in module.named_parameters() if "lora" in n)
+    assert all((p == 0).all() for n, p in module.named_parameters() if "lora_B" in n)
+
+
+def test_broken_weights_are_refused_before_training():
+    lm = tiny_lm("llama")
+    with torch.no_grad():
+        lm.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="its weights are broken"):
+        SFT(policy=lm, peft=LoRA(rank=2)).configure_model()
+
+
+def test_models_built_in_python_are_checked_too():
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    lm = GPTJForCausalLM(GPTJConfig(vocab_size=60, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
+    with pytest.raises(ConfigError, match="pack"):
+        SFT(policy=lm, peft=Full()).configure_model()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_example_are_refused_where_they_would_show(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+    lm = tiny_lm("llama", rope_parameters=rope, max_position_embeddings=8)
+    stage = SFT(policy=lm, peft=Full())
+    stage.configure_model()
+    stage.policy(pack(tiny_examples((5, 8, 6))))
+    with pytest.raises(ConfigError, match=r"set data.max_length to at most 8"):
+        stage.policy(pack(tiny_examples((5, 9))))
 
 
 def test_modes_and_frozen_weights():
