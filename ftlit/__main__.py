@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from ftlit import __version__
 from ftlit.errors import FtlitError, nearest
@@ -58,6 +59,8 @@ def main(args: list[str] | None = None) -> int:
     if verb in ("-V", "--version"):
         print(f"ftlit {__version__}")
         return 0
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # classes in files of the working directory
     try:
         if verb in TRAINING:
             from ftlit.cli import run

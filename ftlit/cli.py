@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ftlit import callbacks, peft
-from ftlit.callbacks import Progress, Report, SaveAdapter, WritePredictions
+from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.cli_errors import explain
 from ftlit.data import datamodules, formats
 from ftlit.errors import ConfigError
+from ftlit.export.opening import read_checkpoint
 from ftlit.objectives import sft as objectives
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
@@ -68,6 +71,8 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         config.ckpt_path = None  # where this process went on from is not a setting of the run
         self.parser.save(config, str(path), skip_unset=False, overwrite=True)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
         self.already_saved: bool = True
 
 
@@ -81,6 +86,8 @@ class CLI(LightningCLI):
             parser = self.init_parser(**kwargs)
             self._add_arguments(parser)
             parser.add_argument("--rows", type=int, default=3, help="How many rendered training rows to show.")
+            for name in ("--ckpt_path", "--weights_only"):  # so that the config.yaml of a run can be given
+                parser.add_argument(name, type=str | bool | None, default=None, help="Not used here.")
             self._subcommand_method_arguments[subcommand] = ["rows"]
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -109,6 +116,11 @@ class CLI(LightningCLI):
         config = self.config[verb]
         folder = self._folder(verb, config)
         config.run = str(folder)
+        # A run can then be used from any folder.
+        for settings, name in ((config.model.init_args, "policy"), (config.data.init_args, "chat_template")):
+            value = settings.get(name)
+            if isinstance(value, str) and "\n" not in value and Path(value).expanduser().exists():
+                settings[name] = str(Path(value).expanduser().resolve())
         given = config.trainer.callbacks
         config.trainer.callbacks = given if isinstance(given, list) else [] if given is None else [given]
         if config.trainer.max_epochs is None:  # one epoch, unless a number of steps says when to stop
@@ -133,7 +145,7 @@ class CLI(LightningCLI):
             raise ConfigError("several processes were started from outside: give --run, so that all use one folder.")
         folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
         if verb == "fit":
-            if rank in (None, "0") and (folder / "config.yaml").exists() and not config.ckpt_path:
+            if rank in (None, "0") and list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path:
                 raise ConfigError(
                     f"{folder} already holds a run: give another --run, or continue it with --ckpt_path last."
                 )
@@ -155,13 +167,21 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         own: list[L.Callback] = []
+        saves = config.get("enable_checkpointing") is not False
+        if not saves:
+            config["callbacks"] = [c for c in config["callbacks"] if not isinstance(c, ModelCheckpoint)]
+        elif self.subcommand == "fit" and not any(isinstance(c, ModelCheckpoint) for c in config["callbacks"]):
+            own.append(SaveCheckpoint())  # a config that replaces the callbacks still leaves a run to go on from
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
-            own = [Report(), SaveAdapter()]
+            own += [Report(), SaveAdapter()]
         elif self.subcommand == "predict":
-            own = [WritePredictions()]
+            own.append(WritePredictions())
         if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
             own.append(Progress())
-        return super()._instantiate_trainer(config, [*callbacks, *own])
+        try:
+            return super()._instantiate_trainer(config, [*callbacks, *own])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
@@ -176,6 +196,7 @@ def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
     if asked is not None:
         if not Path(asked).exists():
             raise ConfigError(f"checkpoint {asked} does not exist.")
+        read_checkpoint(asked)
         print(f"weights    {asked}", flush=True)
     return asked
 
@@ -228,11 +249,9 @@ def run(args: list[str]) -> int:
         FtlitError: For whatever the user can mend.
     """
     args = resolve_all(args)
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # classes in files of the working directory
     _quiet()
     sys.argv = [sys.argv[0], *args]
-    options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False, "allow_abbrev": False}
+    options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}
     try:
         with explain(lambda: CLI.current):
             CLI(

@@ -15,6 +15,19 @@ from ftlit.errors import ConfigError, FtlitError, nearest
 
 # What people coming from TRL, PEFT, LLaMA-Factory and axolotl type first.
 FOREIGN = {
+    "lr": "model.lr",
+    "peft": "model.peft",
+    "policy": "model.policy",
+    "epochs": "trainer.max_epochs",
+    "batch_size": "data.batch_size",
+    "train": "data.train",
+    "weight_decay": "model.weight_decay",
+    "optim": "model.optimizer",
+    "optimizer": "model.optimizer",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "gpus": "trainer.devices",
+    "devices": "trainer.devices",
+    "precision": "trainer.precision",
     "r": "rank",
     "lora_r": "rank",
     "lora_rank": "rank",
@@ -51,6 +64,17 @@ FOREIGN = {
     "report_to": "config logger/wandb",
     "use_peft": "config peft/lora",
     "resume_from_checkpoint": "ckpt_path",
+}
+
+
+# What has no counterpart to name.
+ALWAYS = {
+    "packing": "ftlit always packs; leave it out.",
+    "padding_free": "ftlit always packs; leave it out.",
+    "assistant_only_loss": "ftlit always trains the assistant turns only; leave it out.",
+    "completion_only_loss": "ftlit always trains the assistant turns only; leave it out.",
+    "load_in_4bit": "ftlit cannot train quantized weights yet.",
+    "load_in_8bit": "ftlit cannot train quantized weights yet.",
 }
 
 
@@ -106,13 +130,17 @@ def sentence(message: str, keys: list[str]) -> str:
         elif found := re.search(r"Option '([^']+)' is not accepted", line):
             known = _arguments(owner)
             word, name = found[1], owner.rsplit(".", 1)[-1]
+            if name == "LightningDataModule":
+                return f"data: nothing says yet which data this is: give --config sft before --data.{word}."
             if not known:
                 return f"{'.'.join(path)}: {name} has no argument {word!r}, nor any other."
             hint = _foreign(word, known) or nearest(word, known)
             return f"{'.'.join(path)}: {name} has no argument {word!r}: {hint}"
-        elif found := re.search(r"Expected a dot import path string: (\S+)", line):
-            hint = nearest(found[1], _subclasses(base))
+        elif found := re.search(r"(?:dot import path string|class path format): (\S+)", line):
             kind = base.rsplit(".", 1)[-1]
+            if kind == "Stage" and ("/" in found[1] or found[1].endswith(".gguf")):
+                return f"model names the stage (SFT); give the model to train as --model.policy {found[1]}."
+            hint = nearest(found[1], _subclasses(base))
             return f"{'.'.join(path)}: no {kind} class is called {found[1]!r}: {hint}"
         elif found := re.search(r"No module named '([^']+)'", line):
             return f"{'.'.join(path)}: there is no module {found[1]!r}, neither installed nor in the working directory."
@@ -155,8 +183,10 @@ def _unknown(word: str, keys: list[str], what: str) -> str:
 
 
 def _foreign(word: str, known: list[str]) -> str:
+    if word in ALWAYS:
+        return ALWAYS[word]
     name = FOREIGN.get(word)
-    if name is None:
+    if name is None or name == word:
         return ""
     last = name.rsplit(".", 1)[-1]
     return f"ftlit calls it {last if last in known else name}."

@@ -25,6 +25,24 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog.removeprefix('ftlit ')}: {message} (ftlit {self.prog.split()[-1]} --help).")
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _heat(text: str) -> float:
+    if (value := float(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {value}")
+    return value
+
+
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
     parser.add_argument("--base", help="base model of an adapter folder, where not the one it names")
@@ -33,11 +51,13 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system turn; a run's own when left out, '' for none")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer (default: 256)")
+    parser.add_argument("--max_new_tokens", type=_count, default=256, help="most tokens of an answer (default: 256)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
+        "--temperature", type=_heat, default=0.0, help="0 (default) takes the likeliest token each time"
     )
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this probability")
+    parser.add_argument(
+        "--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
@@ -115,7 +135,10 @@ def _generate(args: list[str]) -> int:
         path = Path(options.prompts)
         if not path.is_file():
             raise ConfigError(f"--prompts {path} does not exist.")
-        questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ConfigError(f"--prompts {path} is not valid UTF-8.") from None
     if not questions:
         parser.error("give --prompt TEXT or --prompts FILE")
     opened = _open(options)

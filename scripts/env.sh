@@ -21,7 +21,7 @@ PY
       pip install "$torch"
     else
       pip install --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null \
-        || pip install "$torch"
+        || { echo "torch's CPU index does not answer; taking the default build"; pip install "$torch"; }
     fi
   fi
   pip install -c scripts/constraints.txt -e ".${extras:+[$extras]}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+from typing_extensions import override
 
 from ftlit.peft.io import save_adapter
 
@@ -25,6 +26,12 @@ class SaveAdapter(L.Callback):
     def __init__(self, monitor: str = "val/loss") -> None:
         self.monitor = monitor
         self.best: float | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
+        if names and self.monitor == "val/loss" and "main" not in names:
+            self.monitor = f"val/{names[0]}/loss"
 
     def state_dict(self) -> dict[str, float | None]:
         """The best value so far."""

@@ -46,6 +46,8 @@ class SaveCheckpoint(ModelCheckpoint):
         names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
         if names is not None and not names:  # nothing is validated: there is no best, only a last
             self.monitor, self.save_top_k = None, 0
+        elif names and self.monitor == "val/loss" and "main" not in names:
+            self.monitor = f"val/{names[0]}/loss"
         self.dirpath: Any = getattr(self, "dirpath", None) or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 

@@ -25,7 +25,9 @@ class WritePredictions(BasePredictionWriter):
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            for (conversation, _), answer in zip(data.prompts, answers, strict=True):
+            for (conversation, _), answer in zip(
+                data.prompts, answers, strict=False
+            ):  # fewer answers with limit_predict_batches
                 turns = [message._asdict() for message in conversation.messages]
                 turns.append({"role": "assistant", "content": answer})
                 file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")

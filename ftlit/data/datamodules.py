@@ -161,6 +161,9 @@ class SFTData(L.LightningDataModule):
 
     def val_dataloader(self) -> list[EvalLoader]:
         """One loader a validation set, in the order of `validation_names`."""
+        state = getattr(self.trainer, "state", None)
+        if not self.validation and state is not None and state.fn == "validate":
+            raise ConfigError("data.validation is missing: give a file, or a share of the training rows such as 0.1.")
         return [self._eval_loader(self.sets[f"validation:{name}"]) for name in self.validation]
 
     def test_dataloader(self) -> EvalLoader:

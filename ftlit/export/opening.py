@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from argparse import ArgumentError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +55,8 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
         ConfigError: If it cannot be opened.
     """
     if is_run(name):
+        if base is not None:
+            raise ConfigError(f"--base goes with an adapter folder; the run {name} says itself what its base is.")
         return _open_run(Path(name), which)
     if is_adapter(name):
         base = base or read_config(name).get("base_model_name_or_path")
@@ -66,9 +70,12 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
 
 
 def _open_run(folder: Path, which: str) -> Opened:
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    settings = config["model"]["init_args"]
-    data = (config.get("data") or {}).get("init_args", {})
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        settings = config["model"]["init_args"]
+        data = (config.get("data") or {}).get("init_args", {})
+    except (yaml.YAMLError, UnicodeError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{folder / 'config.yaml'} is torn, or not the config of an ftlit run.") from None
     path = folder / "checkpoints" / f"{which}.ckpt"
     if not path.exists():
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
@@ -76,7 +83,7 @@ def _open_run(folder: Path, which: str) -> Opened:
     lm = load_lm(settings["policy"], trust_remote_code=bool(settings.get("trust_remote_code")))
     strategy = _strategy(settings.get("peft"))
     strategy.apply(lm)
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(path)["state_dict"]
     _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
     tokenizer = load_tokenizer(settings["policy"], bool(settings.get("trust_remote_code")))
     if data.get("chat_template"):
@@ -89,13 +96,34 @@ def _open_run(folder: Path, which: str) -> Opened:
     return Opened(lm.eval(), strategy, tokenizer, settings["policy"], system)
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint; nothing in it is executed.
+
+    Raises:
+        ConfigError: If it is torn, or no checkpoint of a run.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(checkpoint["state_dict"], dict)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AssertionError):
+        raise ConfigError(f"{path} is torn, or not a checkpoint of an ftlit run.") from None
+    return checkpoint
+
+
 def _strategy(config: dict[str, Any] | None) -> PEFTStrategy:
     """The strategy that a config describes."""
     if config is None:
         return Full()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PEFTStrategy, "peft")
-    return parser.instantiate_classes(parser.parse_object({"peft": config})).peft
+    try:
+        return parser.instantiate_classes(parser.parse_object({"peft": config})).peft
+    except (ArgumentError, ValueError, TypeError) as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(
+            f"the strategy {config.get('class_path')} of this run cannot be made again ({last}); is its file in the "
+            "working directory?"
+        ) from None
 
 
 @torch.no_grad()

@@ -199,11 +199,14 @@ class Stage(L.LightningModule):
             return int(self.trainer.estimated_stepping_batches)
         if self.trainer.max_epochs == -1:
             return max(1, self.trainer.max_steps)
-        an_epoch = len(data.planner(self.accumulate, self.trainer.world_size))
-        limit = self.trainer.limit_train_batches
-        an_epoch = min(an_epoch, limit) if isinstance(limit, int) else int(an_epoch * limit)
-        total = an_epoch * (1 if self.trainer.max_epochs is None else self.trainer.max_epochs)
+        total = self._epoch_steps(data) * (1 if self.trainer.max_epochs is None else self.trainer.max_epochs)
         return max(1, total if self.trainer.max_steps < 0 else min(total, self.trainer.max_steps))
+
+    def _epoch_steps(self, data: Any) -> int:
+        """Optimizer steps of an epoch, with the Trainer's limit."""
+        steps = len(data.planner(self.accumulate, self.trainer.world_size))
+        limit = self.trainer.limit_train_batches
+        return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
 
     def rate(self, total: int) -> Any:
         """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
@@ -236,8 +239,7 @@ class Stage(L.LightningModule):
         self.trainer.accumulate_grad_batches = 1
         data: Any = getattr(self.trainer, "datamodule", None)
         interval = self.trainer.val_check_interval
-        steps = len(data.planner(self.accumulate, self.trainer.world_size)) if hasattr(data, "planner") else interval
-        if isinstance(interval, int) and interval > steps:
+        if isinstance(interval, int) and hasattr(data, "planner") and interval > self._epoch_steps(data):
             self.trainer.check_val_every_n_epoch = None  # every so many steps, across epochs
 
     def teardown(self, stage: str) -> None:

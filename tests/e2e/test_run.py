@@ -3,13 +3,19 @@
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from ftlit.export.opening import open_model
 from ftlit.peft.io import read_config
+from ftlit.rollout.generate import end_tokens
+from ftlit.testing import tiny_tokenizer
 
 
 def metrics(run):
@@ -221,6 +227,150 @@ def test_classes_of_files_in_the_working_directory(ftlit, fit_args, rows):
     assert ftlit(*fit_args, *args, "--run", "r", "--trainer.max_steps", "1") == 0
     assert "MyLoRA" in ftlit.out
     assert ftlit("generate", "r", "--prompt", "Hi?", "--max_new_tokens", "2") == 0
+
+
+def test_a_class_of_ones_own_in_a_new_process(ftlit, fit_args, tmp_path):
+    Path("mine.py").write_text("from ftlit import LoRA\nclass MyLoRA(LoRA):\n    '''Mine.'''\n")
+    assert ftlit(*fit_args, "--model.peft", "mine.MyLoRA", "--run", "r", "--trainer.max_steps", "1") == 0
+    command = [
+        sys.executable,
+        "-m",
+        "ftlit",
+        "generate",
+        str(tmp_path / "r"),
+        "--prompt",
+        "Hi?",
+        "--max_new_tokens",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    away = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert away.returncode == 1
+    assert "is its file in the working directory?" in away.stderr.replace("\n", " ")
+
+
+def test_what_a_run_is_used_with(ftlit, fit_args, monkeypatch):
+    """The last checkpoint unless the best is asked for, and the system turn it was trained with, filled in."""
+    args = ["--data.system", "You are {{name}}.", "--data.fill", "{name: Nova}", "--model.lr", "0.5"]
+    assert ftlit(*fit_args, *args, "--run", "r", "--trainer.max_epochs", "4") == 0
+    best = torch.load("r/checkpoints/best.ckpt", weights_only=True)
+    best["state_dict"] = {name: tensor + 1 for name, tensor in best["state_dict"].items()}
+    torch.save(best, "r/checkpoints/best.ckpt")
+    for which in ("last", "best"):
+        opened = open_model("r", which=which)
+        trained = opened.strategy.trained(opened.lm)
+        assert all(torch.equal(trained[k.removeprefix("policy.lm.")], v) for k, v in state("r", which).items())
+    assert not all(torch.equal(v, state("r", "best")[k]) for k, v in state("r").items())
+    assert opened.system == "You are Nova."
+    seen = []
+    monkeypatch.setattr(
+        "ftlit.data.templating.ChatTemplate.prompt_ids", lambda self, turns: seen.append(tuple(turns)) or [5, 6]
+    )
+    for extra in ([], ["--system", "Else."], ["--system", ""]):
+        assert ftlit("generate", "r", "--prompt", "Hi", "--max_new_tokens", "1", *extra) == 0
+    assert [turns[0] for turns in seen] == [("system", "You are Nova."), ("system", "Else."), ("user", "Hi")]
+
+
+def test_a_run_can_be_used_from_any_folder(ftlit, fit_args, tiny_model_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model_folder, "model")
+    assert ftlit(*fit_args, "--model.policy", "model", "--run", "r", "--trainer.max_steps", "1") == 0
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert ftlit("generate", tmp_path / "r", "--prompt", "Hi", "--max_new_tokens", "1") == 0
+
+
+def test_the_config_of_a_run_serves_every_verb(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r") == 0
+    assert ftlit("data", "--config", "r/config.yaml") == 0
+    assert "train: 9 rows" in ftlit.out
+
+
+def test_a_resumed_run_counts_what_came_before(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "whole", "--trainer.max_epochs", "2") == 0
+    assert ftlit(*fit_args, "--run", "r") == 0
+    again = ["fit", "--config", "r/config.yaml", "--ckpt_path", "last"]
+    best = torch.load("r/checkpoints/last.ckpt", weights_only=True)["callbacks"]["SaveAdapter"]["best"]
+    assert best == pytest.approx(metrics("r")[-1]["val/loss"], abs=1e-4)
+    assert ftlit(*again, "--trainer.max_epochs", "2") == 0
+    whole, parts = (json.loads(Path(run, "summary.json").read_text()) for run in ("whole", "r"))
+    for key in ("optimizer_steps", "tokens", "trained_tokens", "start"):
+        assert parts[key] == whole[key]
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["ckpt_path"] is None
+    before = Path("r/summary.json").read_bytes()
+    assert ftlit(*again, "--trainer.max_epochs", "2") == 0
+    assert "nothing was left to train" in ftlit.out
+    assert Path("r/summary.json").read_bytes() == before
+
+
+def test_a_worse_validation_after_a_resume_does_not_become_the_best(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r") == 0
+    best = Path("r/adapter/best/adapter_model.safetensors").read_bytes()
+    args = ["--ckpt_path", "last", "--trainer.max_epochs", "2"]
+    checkpoint = torch.load("r/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["callbacks"]["SaveAdapter"]["best"] = 0.0  # nothing that follows can be better
+    torch.save(checkpoint, "r/checkpoints/last.ckpt")
+    assert ftlit("fit", "--config", "r/config.yaml", *args) == 0
+    assert Path("r/adapter/best/adapter_model.safetensors").read_bytes() == best
+
+
+def test_broken_runs_say_what_is_broken(ftlit, fit_args):
+    assert ftlit(*fit_args, "--run", "r") == 0
+    whole = Path("r/checkpoints/last.ckpt").read_bytes()
+    for spoilt in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        Path("r/checkpoints/last.ckpt").write_bytes(spoilt)
+        for args in (["generate", "r", "--prompt", "Hi"], ["fit", "--config", "r/config.yaml", "--ckpt_path", "last"]):
+            assert ftlit(*args) == 1
+            assert "is torn, or not a checkpoint" in ftlit.err
+            assert "Traceback" not in ftlit.err
+    for text in ("model: [", "a: 1", "3", ""):
+        Path("r/config.yaml").write_text(text)
+        assert ftlit("generate", "r", "--prompt", "Hi") == 1
+        assert "torn, or not the config of an ftlit run" in ftlit.err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["generate"], "the following arguments are required: model"),
+        (["generate", "MODEL"], "give --prompt TEXT or --prompts FILE"),
+        (["generate", "MODEL", "--prompt", "Hi", "--max_new_tokens", "0"], "must be at least 1, got 0"),
+        (["generate", "MODEL", "--prompt", "Hi", "--temperature", "-1"], "must not be negative"),
+        (["generate", "MODEL", "--prompt", "Hi", "--top_p", "2"], "must be in (0, 1]"),
+        (["generate", "MODEL", "--prompts", "nope.txt"], "nope.txt does not exist"),
+        (["generate", "MODEL", "--prompts", "latin.txt"], "is not valid UTF-8"),
+        (["generate", "./nope", "--prompt", "Hi"], "model ./nope does not exist"),
+        (["generate", "MODEL", "--base", "x", "--prompt", "Hi"], "--base goes with an adapter folder"),
+        (["export", "MODEL", "--to", "out", "--adapter"], "a base model has no adapter"),
+    ],
+)
+def test_mistakes_with_models_are_one_sentence(ftlit, tiny_model_folder, args, says):
+    Path("latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert ftlit(*[tiny_model_folder if a == "MODEL" else a for a in args]) == 1
+    assert says in ftlit.err
+    assert "Traceback" not in ftlit.err
+    assert len([line for line in ftlit.err.splitlines() if line.startswith("ftlit: ")]) == 1
+
+
+def test_answers_end_where_the_template_ends_them(ftlit, rows, tiny_model_folder, tmp_path):
+    """A base model whose tokenizer ends with another token than the chat template it is trained with."""
+    tokenizer = tiny_tokenizer()
+    template, tokenizer.eos_token, tokenizer.chat_template = tokenizer.chat_template, "<|endoftext|>", None
+    shutil.copytree(tiny_model_folder, "base")
+    tokenizer.save_pretrained("base")
+    Path("base/chat_template.jinja").unlink(missing_ok=True)
+    Path("base/generation_config.json").unlink(missing_ok=True)
+    Path("chatml.jinja").write_text(template)
+    args = ["--config", "sft", "--config", "peft/full", "--model.policy", "base", "--data.train", rows]
+    assert ftlit("fit", *args, "--run", "a") == 1
+    assert "has no chat template" in ftlit.err
+    extra = ["--data.chat_template", "chatml.jinja", "--run", "r", "--trainer.max_steps", "1"]
+    assert ftlit("fit", *args, *extra) == 0
+    opened = open_model("r")
+    end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in end_tokens(opened.lm, opened.tokenizer)
+    assert ftlit("export", "r", "--to", "m") == 0
+    assert end in json.loads(Path("m/generation_config.json").read_text())["eos_token_id"]
 
 
 def test_seeds(ftlit, fit_args):

@@ -50,7 +50,38 @@ def test_fast_dev_run_leaves_nothing_behind(ftlit, fit_args):
 def test_callbacks_may_be_replaced(ftlit, fit_args):
     Path("own.yaml").write_text("trainer:\n  callbacks:\n    - class_path: LearningRateMonitor\n")
     assert ftlit(*fit_args, "--config", "own.yaml", "--run", "r") == 0
-    assert not Path("r/checkpoints").exists() or not list(Path("r/checkpoints").glob("best*"))
+    assert Path("r/checkpoints/last.ckpt").exists()  # a run can still be gone on from
+
+
+def test_checkpoints_may_be_switched_off(ftlit, fit_args):
+    assert ftlit(*fit_args, "--trainer.enable_checkpointing", "false", "--run", "r") == 0
+    assert not Path("r/checkpoints").exists()
+    assert Path("r/adapter/last/adapter_model.safetensors").exists()
+
+
+def test_validation_sets_by_name_only(ftlit, fit_args, rows):
+    assert ftlit(*fit_args, "--data.validation", f"{{other: {rows}}}", "--run", "r", "--trainer.max_epochs", "2") == 0
+    assert Path("r/checkpoints/best.ckpt").exists()
+    assert Path("r/adapter/best").exists()
+    assert "val/other/loss" in metrics("r")[-1]
+
+
+def test_validate_without_rows_says_so(ftlit, rows, tiny_model_folder):
+    args = ["--config", "sft", "--model.policy", tiny_model_folder, "--data.train", rows]
+    assert ftlit("validate", *args) == 1
+    assert "data.validation is missing" in ftlit.err
+
+
+def test_a_fit_that_failed_does_not_block_its_folder(ftlit, fit_args):
+    assert ftlit(*fit_args, "--model.peft.target_modules", "[q_projj]", "--run", "r") == 1
+    assert ftlit(*fit_args, "--model.peft.target_modules", "[q_proj]", "--run", "r") == 0
+
+
+def test_limit_predict_batches(ftlit, fit_args, rows):
+    assert ftlit(*fit_args, "--run", "r") == 0
+    args = ["--data.predict", rows, "--model.max_new_tokens", "2", "--trainer.limit_predict_batches", "1"]
+    assert ftlit("predict", "--config", "r/config.yaml", *args) == 0
+    assert len(Path("r/predictions.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
@@ -77,6 +108,13 @@ MISTAKES = {
     "rate": (["--model.lr", "-1"], "lr must be positive"),
     "checkpoint": (["--ckpt_path", "nope.ckpt"], "checkpoint nope.ckpt does not exist"),
     "checkpoint of no run": (["--ckpt_path", "last"], "there is no r/checkpoints/last.ckpt"),
+    "torn checkpoint": (["--ckpt_path", "rows.jsonl"], "is torn, or not a checkpoint"),
+    "strategy": (["--trainer.strategy", "dpp"], "trainer: "),
+    "accelerator": (["--trainer.accelerator", "gpuu"], "trainer: "),
+    "path as stage": (["--model", "./some/model"], "--model.policy ./some/model"),
+    "of TRL": (["--learning_rate", "1"], "ftlit calls it model.lr"),
+    "packing": (["--packing", "true"], "ftlit always packs"),
+    "placeholder": (["--data.train", "sample:identity"], "set data.fill"),
     "scheduler": (
         ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"],
         "set trainer.accumulate_grad_batches",

@@ -124,6 +124,10 @@ def test_the_merged_export_is_a_plain_model_with_the_same_logits(tmp_path, tiny_
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"something_new": {"on": True}}, "something_new"),
     ],
 )
 def test_what_ftlit_does_not_have_is_refused_by_name(change, says, tmp_path):
