@@ -136,7 +136,7 @@ def sentence(message: str, keys: list[str]) -> str:
                 return f"{'.'.join(path)}: {name} has no argument {word!r}, nor any other."
             hint = _foreign(word, known) or nearest(word, known)
             return f"{'.'.join(path)}: {name} has no argument {word!r}: {hint}"
-        elif found := re.search(r"(?:dot import path string|class path format): (\S+)", line):
+        elif found := re.search(r"(?:dot import path string|(?:class|import) path format): (\S+)", line):
             kind = base.rsplit(".", 1)[-1]
             if kind == "Stage" and ("/" in found[1] or found[1].endswith(".gguf")):
                 return f"model names the stage (SFT); give the model to train as --model.policy {found[1]}."

@@ -55,9 +55,7 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=_heat, default=0.0, help="0 (default) takes the likeliest token each time"
     )
-    parser.add_argument(
-        "--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this probability"
-    )
+    parser.add_argument("--top_p", type=_share, default=1.0, help="sample from the likeliest of this probability")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
