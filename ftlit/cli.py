@@ -119,7 +119,7 @@ class CLI(LightningCLI):
         # A run can then be used from any folder.
         for settings, name in ((config.model.init_args, "policy"), (config.data.init_args, "chat_template")):
             value = settings.get(name)
-            if isinstance(value, str) and "\n" not in value and Path(value).expanduser().exists():
+            if isinstance(value, str) and "{" not in value and Path(value).expanduser().exists():
                 settings[name] = str(Path(value).expanduser().resolve())
         given = config.trainer.callbacks
         config.trainer.callbacks = given if isinstance(given, list) else [] if given is None else [given]
