@@ -26,6 +26,7 @@ from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, Write
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.cli_errors import explain
 from ftlit.data import datamodules, formats
+from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
 from ftlit.export.opening import read_checkpoint
 from ftlit.objectives import sft as objectives
@@ -52,10 +53,9 @@ class Trainer(L.Trainer):
         datamodule.use_tokenizer(model.tokenizer)
         datamodule.setup("fit")
         print("\n".join(datamodule.describe()))
-        color = sys.stdout.isatty()
-        marks = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
+        *marks, meaning = terminal_marks()
         for number in range(min(rows, len(datamodule.sets["train"]))):
-            print(f"--- training example {number + 1}, trained tokens {'in green' if color else 'between ⟦ ⟧'}")
+            print(f"--- training example {number + 1}, trained tokens {meaning}")
             print(datamodule.rendered(number, *marks))
 
 

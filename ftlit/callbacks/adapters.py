@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from typing_extensions import override
 
+from ftlit.callbacks.monitor import DEFAULT, watched
 from ftlit.peft.io import save_adapter
 
 if TYPE_CHECKING:
@@ -23,15 +24,13 @@ class SaveAdapter(L.Callback):
         monitor: Validation metric, smaller is better.
     """
 
-    def __init__(self, monitor: str = "val/loss") -> None:
+    def __init__(self, monitor: str = DEFAULT) -> None:
         self.monitor = monitor
         self.best: float | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
-        if names and self.monitor == "val/loss" and "main" not in names:
-            self.monitor = f"val/{names[0]}/loss"
+        self.monitor = watched(trainer, self.monitor) or self.monitor
 
     def state_dict(self) -> dict[str, float | None]:
         """The best value so far."""

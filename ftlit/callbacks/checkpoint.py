@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from ftlit.callbacks.monitor import DEFAULT, watched
 from ftlit.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ class SaveCheckpoint(ModelCheckpoint):
         ConfigError: If `every_n_steps` is not positive.
     """
 
-    def __init__(self, every_n_steps: int | None = None, monitor: str = "val/loss", save_best: bool = True) -> None:
+    def __init__(self, every_n_steps: int | None = None, monitor: str = DEFAULT, save_best: bool = True) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"every_n_steps must be at least 1 optimizer step, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
@@ -43,11 +44,9 @@ class SaveCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
-        if names is not None and not names:  # nothing is validated: there is no best, only a last
-            self.monitor, self.save_top_k = None, 0
-        elif names and self.monitor == "val/loss" and "main" not in names:
-            self.monitor = f"val/{names[0]}/loss"
+        self.monitor: Any = None if self.monitor is None else watched(trainer, self.monitor)
+        if self.monitor is None:  # nothing is validated: there is no best, only a last
+            self.save_top_k = 0
         self.dirpath: Any = getattr(self, "dirpath", None) or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 

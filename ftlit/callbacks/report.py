@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from ftlit.data.templating import terminal_marks
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -65,10 +66,9 @@ class Report(L.Callback):
             lines += [f"rows       {line}" for line in data.describe()]
             step = data.batch_size * pl_module.accumulate * trainer.world_size
             lines.append(f"steps      {pl_module.num_steps:,} optimizer steps of {step} examples")
-            color = sys.stdout.isatty()
-            marks = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
+            *marks, meaning = terminal_marks()
             lines += [
-                f"example    (trained tokens {'in green' if color else 'between ⟦ ⟧'})",
+                f"example    (trained tokens {meaning})",
                 data.rendered(0, *marks, most=1200),
             ]
         print("\n".join(lines), flush=True)

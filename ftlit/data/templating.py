@@ -10,6 +10,7 @@ a model pads with its end token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,6 +145,13 @@ class ChatTemplate:
         else:  # its first characters would merge with the prompt's last: generation cannot undo its prompt
             (own,) = self._tokenize([text])
         return before, own[: self._trained(own, text)]
+
+
+def terminal_marks() -> tuple[str, str, str]:
+    """Opening mark, closing mark, and what to say of them: colour on a terminal, brackets in a file."""
+    if sys.stdout.isatty():
+        return "\x1b[1;32m", "\x1b[0m", "in green"
+    return "⟦", "⟧", "between ⟦ ⟧"
 
 
 def mark(tokenizer: PreTrainedTokenizerBase, example: Example, opening: str = "⟦", closing: str = "⟧") -> str:

@@ -103,7 +103,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ConfigError: If it is torn, or no checkpoint of a run.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not read: a resume only asks whether the file is whole, and Lightning reads it after that.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert isinstance(checkpoint["state_dict"], dict)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AssertionError):
         raise ConfigError(f"{path} is torn, or not a checkpoint of an ftlit run.") from None

@@ -101,9 +101,8 @@ class Stage(L.LightningModule):
         self.step_metrics: dict[str, float] = {}
         self.start_metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
-        self.strict_loading = (
-            False  # checkpoints hold what is trained; on_load_checkpoint checks that all of it is there
-        )
+        # Checkpoints hold what is trained; on_load_checkpoint checks that all of it is there.
+        self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._started = self._lr = 0.0
         self._totals = StepTotals(0.0, 0, 0, 0)

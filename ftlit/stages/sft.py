@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 
 from ftlit.batch import PackedBatch, StepTotals
+from ftlit.data.datamodules import MAIN
 from ftlit.metrics import TokenNLL
 from ftlit.objectives.sft import CrossEntropy, TokenObjective
 from ftlit.rollout.generate import generate
 from ftlit.stages.base import MicroLoss, Stage
-
-MAIN = "main"
 
 
 class SFT(Stage):
