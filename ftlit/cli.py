@@ -165,8 +165,9 @@ class CLI(LightningCLI):
         elif self.subcommand == "fit":
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
-            resumed = bool(self.config_init["fit"].get("ckpt_path"))
-            kwargs["logger"] = [MetricsCSV(folder, resumed), *(one for one in loggers if isinstance(one, Logger))]
+            path = self.config_init["fit"].get("ckpt_path")
+            resumed_at = int(read_checkpoint(path)["global_step"]) if path else None
+            kwargs["logger"] = [MetricsCSV(folder, resumed_at), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:

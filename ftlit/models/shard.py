@@ -1,4 +1,4 @@
-"""Sharding a policy over ranks with FSDP2, and putting sharded tensors together again."""
+"""Sharding a policy over ranks with FSDP2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from ftlit.models.policy import Policy
 
@@ -35,11 +34,6 @@ def decoder_layers(lm: nn.Module) -> list[nn.Module]:
     """The layers that a model says must not be split."""
     names = set(getattr(lm, "_no_split_modules", None) or ())
     return [module for module in lm.modules() if type(module).__name__ in names]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards; all ranks must ask. A plain one is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

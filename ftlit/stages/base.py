@@ -21,8 +21,9 @@ from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
-from ftlit.models.shard import shard, whole
+from ftlit.models.shard import shard
 from ftlit.peft import Full, PEFTStrategy
+from ftlit.ranks import whole
 from ftlit.stages.checkpoint_io import AtomicCheckpointIO
 from ftlit.stages.fsdp import FSDP2
 from ftlit.stages.loops import position
