@@ -13,7 +13,8 @@ import time
 import pytest
 import torch
 
-STEPS = 9
+from .conftest import fit_options, write_rows
+
 SAVES = 2  # a checkpoint every so many steps; a validation after steps 3, 6, 9
 
 # A class for --trainer.callbacks that kills its own process at an exact place.
@@ -74,13 +75,35 @@ class Kill(L.Callback):
 '''
 
 
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, tiny_model_folder):
+    """The settings of all runs of this file."""
+    return fit_options(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"), tiny_model_folder)
+
+
 @pytest.fixture
-def command(fit_args, tmp_path):
+def command(options, tmp_path):
     (tmp_path / "killer.py").write_text(KILLER)
     return [
-        sys.executable, "-m", "ftlit", *fit_args, "--trainer.max_epochs", "3", "--model.peft.dropout", "0.1",
+        sys.executable, "-m", "ftlit", *options, "--trainer.max_epochs", "3", "--model.peft.dropout", "0.1",
         "--data.max_tokens", "120", "--trainer.callbacks.every_n_steps", str(SAVES), "--model.lr", "0.01",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """What a command leaves behind when nothing happens to it; each is run once."""
+    known = {}
+
+    def result(command):
+        key = tuple(command)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            run([*command, "--run", "whole"], folder)
+            known[key] = what(folder / "whole")
+        return known[key]
+
+    return result
 
 
 def start(command, folder):
@@ -168,22 +191,20 @@ ALL = [
 
 
 @pytest.mark.parametrize(("at", "step"), FEW)
-def test_killed_and_gone_on_bitwise(command, tmp_path, at, step):
-    run([*command, "--run", "whole"], tmp_path)
+def test_killed_and_gone_on_bitwise(command, never_stopped, tmp_path, at, step):
     status, out = end(start([*command, *kill(at, step), "--run", "run"], tmp_path))
     assert status == -signal.SIGKILL, out
     assert go_on(command, tmp_path) > 0
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_anywhere(command, tmp_path, ranks):
+def test_killed_anywhere(command, never_stopped, tmp_path, ranks):
     """Twelve exact places on one rank, eight on two, one rank or both; and killed twice in one run."""
     if ranks == 2:
         command = [*command, "--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
-    run([*command, "--run", "whole"], tmp_path)
-    expected = what(tmp_path / "whole")
+    expected = never_stopped(command)
     cases = ALL if ranks == 1 else [ALL[i] for i in (0, 1, 3, 5, 6, 8, 9, 10)]
     went_on = []
     for number, (at, step) in enumerate(cases):
@@ -200,9 +221,8 @@ def test_killed_anywhere(command, tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_again_and_again(command, tmp_path):
+def test_killed_at_random_moments_again_and_again(command, never_stopped, tmp_path):
     """Six kills from outside, at whatever the run is doing; each time it is simply started again."""
-    run([*command, "--run", "whole"], tmp_path)
     chance = random.Random(0)
     for _ in range(6):
         process = start([*command, "--run", "run", "--ckpt_path", "last"], tmp_path)
@@ -212,7 +232,7 @@ def test_killed_at_random_moments_again_and_again(command, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     go_on(command, tmp_path)
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 
 @pytest.mark.parametrize(
@@ -220,30 +240,27 @@ def test_killed_at_random_moments_again_and_again(command, tmp_path):
     [("SIGTERM", "micro", 4, 143), ("SIGINT", "validation", 3, 130)],
     ids=["sigterm in a step", "ctrl-c in a validation"],
 )
-def test_asked_to_stop(command, tmp_path, by, at, step, status):
+def test_asked_to_stop(command, never_stopped, tmp_path, by, at, step, status):
     """The step is ended and saved, whatever `every_n_steps` says; the exit status says what happened."""
-    run([*command, "--run", "whole"], tmp_path)
     got, out = end(start([*command, *kill(at, step, by=by), "--run", "run"], tmp_path))
     assert got == status, out
     assert f"stopped after step {step}" in out
     assert "Traceback" not in out
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
     assert go_on(command, tmp_path) == step
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 
-def test_two_ranks_are_asked_to_stop(command, tmp_path):
+def test_two_ranks_are_asked_to_stop(command, never_stopped, tmp_path):
     """One rank gets the signal, both stop after the same step."""
     command = [*command, "--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
-    run([*command, "--run", "whole"], tmp_path)
     got, out = end(start([*command, *kill("batch", 5, rank=0, by="SIGTERM"), "--run", "run"], tmp_path))
     assert got == 143, out
     assert go_on(command, tmp_path) == 5
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, tmp_path):
-    run([*command, "--run", "whole"], tmp_path)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, never_stopped, tmp_path):
     end(start([*command, *kill("micro", 6), "--run", "run"], tmp_path))
     kept = tmp_path / "run/checkpoints"
     torn = (kept / "last.ckpt").read_bytes()
@@ -252,17 +269,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(command, tmp_path):
     assert "last.ckpt is torn" in out
     assert "Going on from the one before it" in out
     assert "previous.ckpt" in out
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 
-def test_a_run_that_was_moved_goes_on(command, tmp_path):
+def test_a_run_that_was_moved_goes_on(command, never_stopped, tmp_path):
     """On another machine the run folder has another path; the best checkpoint is still the best."""
-    run([*command, "--run", "whole"], tmp_path)
     end(start([*command, *kill("micro", 5), "--run", "run"], tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").rename(tmp_path / "elsewhere/moved")
     run([*command, "--run", "elsewhere/moved", "--ckpt_path", "last"], tmp_path)
-    assert_equal(what(tmp_path / "elsewhere/moved"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "elsewhere/moved"), never_stopped(command))
 
 
 FULL = '''
@@ -278,10 +294,9 @@ class Full(L.Callback):
 '''
 
 
-def test_a_full_disk(command, tmp_path):
+def test_a_full_disk(command, never_stopped, tmp_path):
     """One sentence, no traceback, the last good checkpoint as it was, no scratch left; then the run goes on."""
     (tmp_path / "full.py").write_text(FULL)
-    run([*command, "--run", "whole"], tmp_path)
     status, out = end(start([*command, "--trainer.callbacks+=full.Full", "--run", "run"], tmp_path))
     assert status == 1, out
     assert "there is no space left to write" in out
@@ -289,4 +304,4 @@ def test_a_full_disk(command, tmp_path):
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert go_on(command, tmp_path) == 4
-    assert_equal(what(tmp_path / "run"), what(tmp_path / "whole"))
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
