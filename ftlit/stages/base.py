@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -447,9 +447,9 @@ class Stage(L.LightningModule):
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         if own["data"] != self._data_fingerprint():
-            rank_zero_warn(
-                "the training rows or their order are not those of the checkpoint: the run goes on, but not as if it "
-                "had never stopped."
+            rank_zero_only(print)(
+                "note       the training rows or their order are not those of the checkpoint: the run goes on, but not "
+                "as if it had never stopped"
             )
         data = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "planner"):
