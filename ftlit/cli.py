@@ -148,6 +148,9 @@ class CLI(LightningCLI):
         if verb == "fit" and rank is not None and not config.run:
             raise ConfigError("several processes were started from outside: give --run, so that all use one folder.")
         folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if config.get("ckpt_path") and not folder.exists():  # the run was moved since its config.yaml was written
+            moved = [Path(str(file)).parent for file in config.get("config") or []]
+            folder = next((place for place in moved if (place / "checkpoints").is_dir()), folder)
         if verb == "fit":
             if rank in (None, "0") and list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path:
                 raise ConfigError(
@@ -166,8 +169,11 @@ class CLI(LightningCLI):
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
             path = self.config_init["fit"].get("ckpt_path")
-            resumed_at = int(read_checkpoint(path)["global_step"]) if path else None
-            kwargs["logger"] = [MetricsCSV(folder, resumed_at), *(one for one in loggers if isinstance(one, Logger))]
+            last = None
+            if path:
+                checkpoint = read_checkpoint(path)
+                last = {"step": checkpoint["global_step"], **checkpoint.get("ftlit", {}).get("step_metrics", {})}
+            kwargs["logger"] = [MetricsCSV(folder, last), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:

@@ -434,6 +434,7 @@ class Stage(L.LightningModule):
         checkpoint["ftlit"] = {
             "trained": {name: list(shape) for name, shape in shapes.items()},
             "start_metrics": self.start_metrics,
+            "step_metrics": self.step_metrics,  # what was saved at a step may not be logged yet
             "validated_at": self._validated_at,
             "data": self._data_fingerprint(),
         }
