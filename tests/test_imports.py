@@ -9,7 +9,7 @@ import ftlit
 
 ROOT = Path(ftlit.__file__).parent
 TIERS = [
-    {"errors", "batch", "shipped"},
+    {"errors", "batch", "cache", "shipped"},
     {"objectives", "data", "models", "peft", "metrics"},
     {"rollout", "forgetting"},
     {"stages", "callbacks", "export"},

@@ -7,7 +7,7 @@ import torch
 
 from ftlit.batch import StepBatch
 from ftlit.data.datamodules import SFTData, Statistics
-from ftlit.data.formats import Messages
+from ftlit.data.formats import Message, Messages
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.errors import ConfigError, DataError
 from ftlit.testing import tiny_tokenizer
@@ -223,9 +223,9 @@ def test_numbers_at_the_edge_are_accepted():
 @pytest.mark.parametrize(
     ("stage", "text"),
     [
-        ("fit", "data.train is missing: give a .json or .jsonl file, or sample:identity."),
-        ("test", "data.test is missing: give a .json or .jsonl file."),
-        ("predict", "data.predict is missing: give a .json or .jsonl file."),
+        ("fit", "data.train is missing: give a file, a folder, a hub id, or sample:identity."),
+        ("test", "data.test is missing: give a file, a folder, or a hub id."),
+        ("predict", "data.predict is missing: give a file, a folder, or a hub id."),
     ],
 )
 def test_a_verb_without_its_rows_says_which(stage, text):
@@ -257,8 +257,8 @@ def test_fill_and_system_are_applied_to_every_set(write):
         assert second.startswith(system + "own Nova<|im_end|>\n")
         assert first.endswith("assistant\nNova<|im_end|>")
     first, second = (conversation.messages for conversation, _ in data.prompts)
-    assert first == (("system", "be kind"), ("user", "who?"))
-    assert second == (("system", "own Nova"), ("user", "you?"))
+    assert first == (Message("system", "be kind"), Message("user", "who?"))
+    assert second == (Message("system", "own Nova"), Message("user", "you?"))
 
 
 def test_fill_reaches_the_system_turn_that_was_given(write):
@@ -276,7 +276,8 @@ def test_predict_prompts_leave_the_last_answer_out(write):
     head = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
     long = head + "a1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
     assert [decode(ids) for _, ids in data.prompts] == [long, long, head]
-    assert [conversation.messages for conversation, _ in data.prompts] == [tuple(turns[:3])] * 2 + [(turns[0],)]
+    found = [[(m.role, m.content) for m in conversation.messages] for conversation, _ in data.prompts]
+    assert found == [turns[:3]] * 2 + [turns[:1]]
     batches = list(data.predict_dataloader())
     assert [len(batch) for batch in batches] == [2, 1]
     assert [ids for batch in batches for ids in batch] == [ids for _, ids in data.prompts]
