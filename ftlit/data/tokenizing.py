@@ -81,7 +81,7 @@ def tokenize(
         DataError: For the first row that cannot be read or rendered, unless `skip`.
     """
     read = _Reading(source, change, skip)
-    digests, signature = read.all(quiet), ""
+    digests = read.all(quiet)
     if not (cache and read.characters >= CACHED_FROM):
         examples, refused = _encode(read, template, workers, quiet)
     else:
@@ -93,7 +93,8 @@ def tokenize(
             loaded = _cached(folder, quiet)
             if loaded is None:
                 examples, refused = _encode(read, template, workers, quiet)
-                examples.save(folder, refused={str(row): sentence for row, sentence in refused.items()})
+                if skip or not refused:  # else it stopped at the first refusal
+                    examples.save(folder, refused={str(row): sentence for row, sentence in refused.items()})
             else:
                 examples, refused = loaded
     if refused and not skip:
