@@ -361,8 +361,8 @@ class SFTData(L.LightningDataModule):
         """Makes a set of the chosen rows of some sources, and counts it."""
         chosen = [_readable(one) for one in made] if rows is None else list(rows)
         parts, each = [], []
-        for one, taken in zip(made, chosen, strict=True):
-            counts = Statistics(_short(one.source.name))
+        for name, one, taken in zip(_short([one.source.name for one in made]), made, chosen, strict=True):
+            counts = Statistics(name)
             counts.refused = len(one.refused) if refused or rows is None else 0
             counts.rows = int(taken.sum()) + counts.refused
             counts.unread = one.source.unread()
@@ -521,9 +521,10 @@ def _as_conversation(record: Record) -> Conversation:
     return Conversation((Message("user", record.text if isinstance(record, Text) else record.prompt),))
 
 
-def _short(name: str) -> str:
-    """A source's name without its folders."""
-    return Path(name).name if "/" in name and Path(name.rpartition(":")[0] or name).exists() else name
+def _short(names: list[str]) -> list[str]:
+    """Names of sources without their folders, where these are files and the short names differ."""
+    short = [Path(name).name if Path(name).expanduser().exists() else name for name in names]
+    return short if len(set(short)) == len(names) else names
 
 
 def _cells(counts: Statistics, name: str | None = None) -> tuple[str, ...]:

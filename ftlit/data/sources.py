@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftlit.data.formats import Completion, Message, RawText, Record, RowFormat, Text, detect, suggest
+from ftlit.data.formats import Completion, Message, RawText, Record, RowError, RowFormat, Text, detect, suggest
 from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
@@ -85,9 +85,13 @@ class Source:
         Raises:
             DataError: If it cannot be read: file, row, column, what it holds.
         """
+        number, _ = self._find(index)
+        read = self.formats[number]
         with self.at(index):
-            read = self.formats[self._find(index)[0]]
-            return read(self.row(index)) if self.answers else read.prompt(self.row(index))
+            try:
+                return read(self.row(index)) if self.answers else read.prompt(self.row(index))
+            except RowError as error:
+                raise _in_file(error, self._columns[number]) from None
 
     def where(self, index: int) -> str:
         """File and row (counted from 1) of a row."""
@@ -204,7 +208,8 @@ def _from_hub(name: str, prefer: str) -> Table:
         raise
     except Exception as error:  # the hub, the network and the data set each raise kinds of their own
         raise DataError(
-            f"{name} is no file or folder (looked in {Path.cwd()}), and as a hub id it cannot be had: {_first(error)}"
+            f"{name} is no file or folder (looked in {Path.cwd()}), and as a hub id it cannot be had: "
+            f"{_first(error).rstrip('.')}; check the name, or give a file."
         ) from None
 
 
@@ -237,6 +242,13 @@ def _dataset(data: Any, name: str) -> Table:
 def _first(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def _in_file(error: RowError, renamed: Mapping[str, str | None]) -> RowError:
+    """The error with the file's name of the column."""
+    name = re.split(r"[.\[]", error.column, maxsplit=1)[0]
+    column = renamed.get(name)
+    return error if column is None else RowError(column + error.column[len(name) :], error.wanted, error.got)
 
 
 def _renaming(table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:

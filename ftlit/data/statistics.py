@@ -10,7 +10,8 @@ import numpy as np
 from ftlit.data.store import Measures
 
 CUT, EMPTY, LONG = "nothing left to train on after cutting", "nothing to train on", "longer than max_length"
-_BAR = 40
+# Width of the longest bar, and examples from which a histogram says more than its first line.
+_BAR, _FEW = 40, 10
 
 
 class Statistics:
@@ -99,7 +100,7 @@ class Statistics:
             int(value) for value in np.quantile(self.lengths, [0, 0.5, 0.9, 0.99, 1], method="nearest")
         )
         lines = [f"lengths  {low:,} to {high:,} tokens; median {middle:,}, 90% up to {most:,}, 99% up to {nearly:,}"]
-        if low == high:
+        if low == high or len(self.lengths) < _FEW:
             return lines
         width = _round_up((high - low + 1) / bins)
         first = low // width

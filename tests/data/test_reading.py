@@ -205,6 +205,8 @@ def test_columns_can_be_renamed_and_left_out(tmp_path):
     source = Source(str(odd(tmp_path)), columns=names)
     assert source.record(0) == Alpaca()({"instruction": "a", "output": "b"})
     assert source.unread() == ["tools", "Quelle"]
+    (tmp_path / "bad.csv").write_text("Frage,Antwort\na,\n")
+    assert error_of(tmp_path / "bad.csv", columns=names).endswith("column 'Antwort' must hold non-empty text, got ''.")
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**CHAT[0], "tools": "nonsense"}))
     assert records(path, columns={"tools": None}) == [Messages()(CHAT[0])]
