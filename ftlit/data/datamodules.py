@@ -115,6 +115,7 @@ class SFTData(L.LightningDataModule):
         self._digests: dict[str, np.ndarray] = {}
         self._train_sources: list[Source] = []
         self._said: set[str] = set()
+        self._fingerprint = ""
         self._check()
 
     def _check(self) -> None:
@@ -428,11 +429,15 @@ class SFTData(L.LightningDataModule):
 
     def fingerprint(self) -> str:
         """A hash of the training examples, token by token, and of what orders them; not of the batch size."""
-        joined = self.sets["train"]
-        assert isinstance(joined, Joined)
-        counts = None if self.mixture is None else self.mixture.counts
-        order = (self.seed, self.shuffle, self.weights, counts)
-        return hashlib.blake2b(f"{joined.fingerprint()} {order!r}".encode(), digest_size=16).hexdigest()
+        if not self._fingerprint:  # every checkpoint asks
+            joined = self.sets["train"]
+            assert isinstance(joined, Joined)
+            counts = None if self.mixture is None else self.mixture.counts
+            order = (self.seed, self.shuffle, self.weights, counts)
+            self._fingerprint = hashlib.blake2b(
+                f"{joined.fingerprint()} {order!r}".encode(), digest_size=16
+            ).hexdigest()
+        return self._fingerprint
 
     def describe(self) -> list[str]:
         """A line of counts for each set of rows, and one for each source where they are mixed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -31,6 +32,9 @@ CACHED_FROM = 1_000_000
 PARALLEL_FROM = 8_000_000
 # Records of a source with no more rows are kept from the first pass for the second.
 _KEPT_ROWS = 50_000
+
+
+_Encoded = tuple[Examples, dict[int, str]]
 
 
 class Tokenized(NamedTuple):
@@ -82,27 +86,46 @@ def tokenize(
     """
     read = _Reading(source, change, skip)
     digests = read.all(quiet)
-    if not (cache and read.characters >= CACHED_FROM):
-        examples, refused = _encode(read, template, workers, quiet)
+    if cache and read.characters >= CACHED_FROM:
+        examples, refused = _through_cache(read, digests, template, workers, quiet)
     else:
-        signature = hashlib.blake2b(template.signature().encode(), digest_size=16).hexdigest()
-        key = hashlib.blake2b(f"{VERSION} {signature}".encode() + digests.tobytes(), digest_size=16).hexdigest()
-        folder = cache_dir() / "tokens" / key
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # the other ranks, and other runs, wait and read
-            loaded = _cached(folder, quiet)
-            if loaded is None:
-                examples, refused = _encode(read, template, workers, quiet)
-                if skip or not refused:  # else it stopped at the first refusal
-                    examples.save(folder, refused={str(row): sentence for row, sentence in refused.items()})
-            else:
-                examples, refused = loaded
+        examples, refused = _encode(read, template, workers, quiet)
     if refused and not skip:
         row = min(refused)
         raise DataError(f"{source.where(row)}: {refused[row]}")
     refused = {**read.refused, **{row: f"{source.where(row)}: {sentence}" for row, sentence in refused.items()}}
     split = np.bincount(examples.rows, minlength=len(source)).astype(np.int32)
     return Tokenized(source, examples, digests, dict(sorted(refused.items())), split, read.uses_template)
+
+
+def _through_cache(
+    read: _Reading, digests: np.ndarray, template: ChatTemplate, workers: int | None, quiet: bool
+) -> _Encoded:
+    signature = hashlib.blake2b(template.signature().encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(f"{VERSION} {signature}".encode() + digests.tobytes(), digest_size=16).hexdigest()
+    folder = cache_dir() / "tokens" / key
+    lock = contextlib.ExitStack()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(FileLock(f"{folder}.lock"))  # the other ranks, and other runs, wait and read
+    except OSError as error:
+        _say(f"tokens are not kept: {folder.parent} cannot be written ({error.strerror})", quiet)
+        return _encode(read, template, workers, quiet)
+    with lock:
+        if (loaded := _cached(folder, quiet)) is not None:
+            return loaded
+        examples, refused = _encode(read, template, workers, quiet)
+        if read.skip or not refused:  # else it stopped at the first refusal
+            try:
+                examples.save(folder, refused={str(row): sentence for row, sentence in refused.items()})
+            except OSError as error:
+                _say(f"tokens are not kept: {folder} cannot be written ({error.strerror or error})", quiet)
+        return examples, refused
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, flush=True)
 
 
 def _cached(folder: Any, quiet: bool) -> tuple[Examples, dict[int, str]] | None:
@@ -112,8 +135,7 @@ def _cached(folder: Any, quiet: bool) -> tuple[Examples, dict[int, str]] | None:
         examples, more = Examples.load(folder)
         return examples, {int(row): sentence for row, sentence in more["refused"].items()}
     except (ValueError, KeyError, AttributeError) as error:
-        if not quiet:
-            print(f"the cached tokens in {folder} are torn ({error}) and are made again", flush=True)
+        _say(f"the cached tokens in {folder} are torn ({error}) and are made again", quiet)
         return None
 
 
@@ -166,9 +188,6 @@ class _Reading:
                 chunk = []
         if chunk:
             yield chunk
-
-
-_Encoded = tuple[Examples, dict[int, str]]
 
 
 def _encode(read: _Reading, template: ChatTemplate, workers: int | None, quiet: bool) -> _Encoded:

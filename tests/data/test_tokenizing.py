@@ -103,6 +103,19 @@ def test_a_torn_cache_is_made_again_with_a_word(rows, tmp_path, torn, capsys):
     same(first, made(rows, template=Refusing(tiny_tokenizer())))
 
 
+def test_a_cache_that_cannot_be_written_is_said_and_does_not_stop(rows, tmp_path, monkeypatch, capsys):
+    first = made(rows, cache=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "file"))
+    same(first, made(rows))
+    assert capsys.readouterr().out.startswith("tokens are not kept: ")
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("numpy.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    same(first, made(rows))
+    assert "No space left on device" in capsys.readouterr().out
+    assert not any((tmp_path / "other" / "tokens").glob("[!.]*[!k]"))
+
+
 def test_small_sources_are_not_kept(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "CACHED_FROM", 10**9)
     made(rows)
