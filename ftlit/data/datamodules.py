@@ -21,7 +21,7 @@ from ftlit.data.statistics import CUT, EMPTY, LONG, Statistics, also_in, duplica
 from ftlit.data.store import Joined, Truncate, check_truncate
 from ftlit.data.templating import ChatTemplate, TrainOn, mark
 from ftlit.data.tokenizing import Tokenized, tokenize
-from ftlit.errors import ConfigError, DataError
+from ftlit.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +155,7 @@ class SFTData(L.LightningDataModule):
                 self.load_train()
             self.load_validation()
         elif stage == "test" and "test" not in self.sets:
-            self._load("test", "test", [self._tokenized("test", self.test_file)])
+            self._load("test", "test", self._tokenized("test", [self.test_file]))
         elif stage == "predict" and not self.prompts:
             self._load_prompts()
 
@@ -235,7 +235,7 @@ class SFTData(L.LightningDataModule):
             return
         if not self.files:
             raise ConfigError("data.train is missing: give a file, a folder, a hub id, or sample:identity.")
-        made = [self._tokenized("train", file) for file in self.files]
+        made = self._tokenized("train", self.files)
         keep = [_readable(one) for one in made]
         for name, share in self.validation.items():
             if not isinstance(share, str):
@@ -251,8 +251,8 @@ class SFTData(L.LightningDataModule):
         """Reads and tokenizes the validation files."""
         for name, file in self.validation.items():
             if isinstance(file, str) and f"validation:{name}" not in self.sets:
-                made = self._tokenized("validation", file, f"validation ({name})")
-                self._load(f"validation:{name}", f"validation ({name})", [made])
+                made = self._tokenized("validation", [file])
+                self._load(f"validation:{name}", f"validation ({name})", made)
         if "train" not in self._digests:
             return
         for counts in self.statistics:
@@ -273,8 +273,10 @@ class SFTData(L.LightningDataModule):
             epoch_tokens=self.epoch_tokens,
         )
 
-    def _tokenized(self, what: str, file: str | None, label: str | None = None) -> Tokenized:
-        source = self._source(what, file, label)
+    def _tokenized(self, what: str, files: Sequence[str | None]) -> list[Tokenized]:
+        return [self._tokenize(source) for source in self._open(what, files)]
+
+    def _tokenize(self, source: Source) -> Tokenized:
         made = tokenize(
             source,
             self.template,
@@ -292,14 +294,24 @@ class SFTData(L.LightningDataModule):
         self._list(source, list(made.refused.values()))
         return made
 
-    def _source(self, what: str, file: str | None, label: str | None = None) -> Source:
-        if file is None:
-            raise ConfigError(f"data.{label or what} is missing: give a file, a folder, or a hub id.")
+    def _open(self, what: str, files: Sequence[str | None]) -> list[Source]:
+        """Opens the sources of a set; of several, each may need only some of `data.columns`."""
         prefer = "test" if what == "predict" else what
-        source = Source(file, self.row_format, self.columns, prefer, answers=what != "predict")
-        for note in source.notes:
-            self._say(note)
-        return source
+        sources = []
+        for file in files:
+            if file is None:
+                raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
+            sources.append(Source(file, self.row_format, self.columns, prefer, answers=what != "predict"))
+            for note in sources[-1].notes:
+                self._say(note)
+        found = {column for source in sources for table in source.tables for column in table.columns}
+        for name, column in self.columns.items():
+            if what != "validation" and column is not None and column not in found:
+                raise DataError(
+                    f"data.columns gives {column!r} for {name!r}, but no file of data.{what} has such a column: "
+                    f"{nearest(column, found)}"
+                )
+        return sources
 
     def _changed(self, source: Source, record: Record) -> Record:
         record = fill(with_system(record, self.system), self.fill)
@@ -308,7 +320,7 @@ class SFTData(L.LightningDataModule):
         return record
 
     def _load_prompts(self) -> None:
-        source = self._source("predict", self.predict_file)
+        (source,) = self._open("predict", [self.predict_file])
         refused = []
         for row in range(len(source)):
             try:

@@ -523,3 +523,15 @@ def test_nothing_but_untrained_rows_is_refused(write):
 def test_only_a_system_turn_is_refused(write):
     with pytest.raises(DataError, match=r"row 1: a conversation needs at least one assistant turn"):
         data_of(write([{"messages": [{"role": "system", "content": "s"}]}]))
+
+
+def test_columns_that_no_file_has_are_refused_and_files_that_need_none_are_read(write):
+    odd = write([{"Frage": "q", "Antwort": "a"}], "odd.jsonl")
+    names = {"instruction": "Frage", "output": "Antwort"}
+    data = data_of([write(numbered(2)), odd], columns=names, validation=write(numbered(2), "held.jsonl"))
+    assert len(data.sets["train"]) == 3
+    with pytest.raises(DataError) as error:
+        data_of(write(numbered(2)), columns={"output": "outputs"})
+    assert str(error.value) == (
+        "data.columns gives 'outputs' for 'output', but no file of data.train has such a column: did you mean 'output'?"
+    )

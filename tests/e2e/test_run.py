@@ -270,7 +270,8 @@ def test_what_a_run_is_used_with(ftlit, fit_args, monkeypatch):
     )
     for extra in ([], ["--system", "Else."], ["--system", ""]):
         assert ftlit("generate", "r", "--prompt", "Hi", "--max_new_tokens", "1", *extra) == 0
-    assert [turns[0] for turns in seen] == [("system", "You are Nova."), ("system", "Else."), ("user", "Hi")]
+    first = [(turns[0].role, turns[0].content) for turns in seen]
+    assert first == [("system", "You are Nova."), ("system", "Else."), ("user", "Hi")]
 
 
 def test_a_run_can_be_used_from_any_folder(ftlit, fit_args, tiny_model_folder, tmp_path, monkeypatch):
