@@ -25,7 +25,7 @@ from ftlit import callbacks, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
 from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
-from ftlit.cli_errors import explain
+from ftlit.cli_errors import explain, rows_given
 from ftlit.data import datamodules, formats
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
@@ -55,7 +55,7 @@ class Trainer(L.Trainer):
         """
         datamodule.use_tokenizer(model.tokenizer)
         datamodule.setup("fit")
-        print("\n".join(datamodule.describe()))
+        print("\n".join(datamodule.report()))
         *marks, meaning = terminal_marks()
         for number in range(min(rows, len(datamodule.sets["train"]))):
             print(f"--- training example {number + 1}, trained tokens {meaning}")
@@ -288,7 +288,7 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    args = resolve_all(args)
+    args = resolve_all(rows_given(args))
     _quiet()
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}

@@ -106,7 +106,13 @@ def _ask(opened: Opened, options: argparse.Namespace, turns: list[Message], stre
     system = opened.system if options.system is None else options.system or None
     if system is not None:
         turns = [Message("system", system), *turns]
-    prompt = ChatTemplate(opened.tokenizer).prompt_ids(turns)
+    template = ChatTemplate(opened.tokenizer)
+    if template.is_assumed:
+        print(
+            "this model has no chat template, so the plain one is used (### User: ... ### Assistant: ...)",
+            file=sys.stderr,
+        )
+    prompt = template.prompt_ids(turns)
     (answer,) = generate(
         opened.lm,
         opened.strategy,
