@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
+_DOWN = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB])$")
-_BASE = ".base_layer.weight"  # the PEFT library adds the frozen weight of an adapted embedding or output layer
+# What the PEFT library adds: the frozen weight of an adapted embedding or output layer, and under `bias: all` the
+# biases of trained modules a second and third time.
+_BASE = ".base_layer.weight"
+_DOUBLE = re.compile(r"\.(original_module|modules_to_save)\.bias$")
 
 # Fields of a LoRA `adapter_config.json` that may say something: read below, or without influence on the loaded model
 # (which modules are adapted is read off the tensors).
@@ -50,7 +54,8 @@ class LoRA(PEFTStrategy):
             `[q_proj, v_proj]`, or one regular expression that whole module names must match. Embeddings and the output
             layer are adapted where they are named: `[q_proj, embed_tokens, lm_head]`.
         exclude_modules: Modules not to adapt, said in the same way.
-        layers_to_transform: Numbers of the layers to adapt; all when left out.
+        layers_to_transform: Numbers of the layers to adapt; all when left out. A target module that is named in full,
+            such as `lm_head`, is adapted anyway.
         rank_pattern: Another rank for some modules, by a regular expression that the end of the name must match, such
             as `{q_proj: 16, layers.0.mlp.up_proj: 4}`. The first key that matches counts.
         alpha_pattern: Another `alpha` for some modules; the others keep `alpha`, whatever their rank.
@@ -182,7 +187,8 @@ class LoRA(PEFTStrategy):
             for layer in self.layers_to_transform:
                 if layer not in has:
                     raise ConfigError(f"LoRA's layers_to_transform {layer} is no layer with a module to adapt.")
-            found = [name for name in found if layer_of(name) in self.layers_to_transform]
+            named = self.target_modules if isinstance(self.target_modules, list) else []
+            found = [name for name in found if name in named or layer_of(name) in self.layers_to_transform]
         found = [name for name in found if not is_in(name, whole)]
         if not found:
             raise ConfigError("LoRA has nothing to adapt: every target module is excluded or trained whole.")
@@ -213,17 +219,18 @@ class LoRA(PEFTStrategy):
         """Loads an adapter and makes its weights the start."""
         from ftlit.peft.io import read_adapter
 
-        saved = self.from_peft(*read_adapter(folder))
+        config, state = read_adapter(folder)
+        saved = self.from_peft(config, state)
         assert isinstance(saved, LoRA)
         for name in self._adapters(model):
-            if not math.isclose(self.scale_of(name), saved.scale_of(name)):
+            own, theirs = (f"rank {o.rank_of(name)} and scale {o.scale_of(name):g}" for o in (self, saved))
+            if name in saved.target_modules and own != theirs:
                 raise ConfigError(
-                    f"the adapter in {folder} scales {name} by {saved.scale_of(name):g} and this config by "
-                    f"{self.scale_of(name):g}; give its rank {saved.rank_of(name)} and alpha {saved.alpha_of(name):g}"
-                    f"{' with rslora' if saved.rslora else ''}."
+                    f"the adapter in {folder} has {theirs} for {name}, and this config {own}; give it the adapter's "
+                    "rank, alpha, rslora and patterns."
                 )
         try:
-            self.load(model, read_adapter(folder)[1])
+            self.load(model, state)
         except ConfigError as error:
             raise ConfigError(f"LoRA cannot go on from {folder} with these settings: {error}") from None
         for copy in list(copies(model)):
@@ -288,7 +295,8 @@ class LoRA(PEFTStrategy):
                     f"this adapter carries a weight {key!r} that is not the model's; give the base model it was "
                     "trained on, with the same vocabulary."
                 )
-        super().load(model, {key: tensor for key, tensor in state.items() if not key.endswith(_BASE)})
+        own = {key: t for key, t in state.items() if not key.endswith(_BASE) and not _DOUBLE.search(key)}
+        super().load(model, own)
 
     @override
     def merge(self, model: PreTrainedModel) -> None:
@@ -337,25 +345,28 @@ class LoRA(PEFTStrategy):
             unsupported.append("ensure_weight_tying")
         bias: Any = config.get("bias") or "none"
         if bias != "none":
-            rest = [name for name in rest if not name.endswith(".bias") or name.endswith("modules_to_save.bias")]
+            rest = [name for name in rest if not name.endswith(".bias")]
         endings = list(config.get("modules_to_save") or [])
         whole = sorted({_module_to_save(name, endings) for name in rest})
         if "" in whole:
             unsupported.append("other tensors")
         if unsupported:
             raise ConfigError(f"this LoRA adapter uses {', '.join(unsupported)}, which ftlit cannot read yet.")
-        patterns = {
-            field: {key: value for key, value in (config.get(field) or {}).items() if _matches(key, modules)}
-            for field in ("rank_pattern", "alpha_pattern")
+        rank = int(config.get("r", 8))
+        # Ranks too: the file sorts the keys of a pattern, of which the first that matches would count.
+        ranks = {
+            _FACTOR.sub("", name): t.shape[0]
+            for name, t in zip(names, state.values(), strict=True)
+            if _DOWN.search(name)
         }
         return cls(
-            rank=int(config.get("r", 8)),
+            rank=rank,
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
             target_modules=modules,
             rslora=bool(config.get("use_rslora", False)),
-            rank_pattern=patterns["rank_pattern"],
-            alpha_pattern=patterns["alpha_pattern"],
+            rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
+            alpha_pattern={k: v for k, v in (config.get("alpha_pattern") or {}).items() if _matches(k, modules)},
             modules_to_save=whole,
             bias=bias,
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
