@@ -170,7 +170,8 @@ class LoRA(PEFTStrategy):
     def _whole(self, model: PreTrainedModel) -> list[str]:
         """Modules that are trained whole, none inside another."""
         chosen = set(_found("modules_to_save", self.modules_to_save, [name for name, _ in model.named_modules()]))
-        return [name for name in chosen if not is_in(name, chosen - {name})]
+        names = [name for name, _ in model.named_modules()]
+        return [name for name in names if name in chosen and not is_in(name, chosen - {name})]
 
     def _targets(self, model: PreTrainedModel, whole: list[str]) -> list[str]:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -321,14 +322,17 @@ class LoRA(PEFTStrategy):
             "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.rank},
             "alpha_pattern": {name: _plain(alpha) for name, alpha in alphas.items() if alpha != self.alpha},
             "use_rslora": self.rslora,
-            "modules_to_save": sorted(self._saved_whole(model)) or None,
+            "modules_to_save": self._saved_whole(model, modules) or None,
             "bias": self.bias,
             "fan_in_fan_out": any(isinstance(one, LoRALinear) and one.transposed for one in adapters.values()),
             "init_lora_weights": "gaussian" if self._gaussian else True,
         }
 
-    def _saved_whole(self, model: PreTrainedModel) -> list[str]:
-        return self._whole(model) if self.modules_to_save else []
+    def _saved_whole(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
+        """`modules_to_save` for the PEFT library, where `norm` also means `input_layernorm`."""
+        whole = self._whole(model)
+        meant = [name for name in modules if any(name.endswith(ending) for ending in self.modules_to_save)]
+        return sorted(self.modules_to_save if meant == whole else whole)
 
     @override
     @classmethod
