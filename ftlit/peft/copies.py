@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ftlit.errors import ConfigError
 
 START = "start_"
 
@@ -102,8 +105,14 @@ def copies(model: nn.Module) -> Iterator[Copy]:
 
 @contextmanager
 def at_start(model: nn.Module) -> Iterator[None]:
-    """Context in which the starts stand in the places of the trained copies."""
+    """Context in which the starts stand in the places of the trained copies.
+
+    Raises:
+        ConfigError: If the weights are sharded: FSDP would put the trained ones back.
+    """
     now = [(copy, copy.trained) for copy in copies(model)]
+    if any(isinstance(trained, DTensor) for _, trained in now):
+        raise ConfigError("the start of trained modules cannot be restored while they are sharded; use DDP.")
     try:
         for copy, _ in now:
             setattr(copy.module, copy.name, copy.start)

@@ -54,9 +54,13 @@ class LoRALayer(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, scale: float, dropout: float, gaussian: bool) -> None:
         super().__init__()
-        self._original = (layer,)  # a tuple, so that it is no child
         self.weight = cast(nn.Parameter, layer.weight)
         self.bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
+        # The shell of the layer, to be filled again by `merged`: a tuple, so that it is no child, and without its
+        # parameters, so that nothing is held when they are sharded.
+        self._original = (layer,)
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, None)
         self.scale, self.dropout, self.enabled = scale, dropout, True
         # Adapters stay in float32 under a half-precision base: bfloat16 would lose small updates.
         options: dict[str, Any] = {
