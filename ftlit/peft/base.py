@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.batch import PackedBatch
@@ -114,6 +115,16 @@ class LowRankChange(Change):
         elif second_moment is not None:
             down = down @ second_moment
         return self.scale**2 * ((down @ self.down.t()) * (up @ self.up)).sum()
+
+
+def input_dim(module: nn.Module, name: str) -> int:
+    """Which dimension of a parameter is its layer's input.
+
+    Args:
+        module: The module that holds it.
+        name: Its name in the module.
+    """
+    return 0 if name == "weight" and isinstance(module, Conv1D | nn.Embedding) else 1
 
 
 class PEFTStrategy(ABC):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, DenseChange, PEFTStrategy
+from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim
 from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_copy
 from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ftlit.peft.matching import Names, is_in, layer_of, pattern_key, select, shortest
@@ -252,8 +252,8 @@ class LoRA(PEFTStrategy):
             yield layer.change(f"{name}.weight")
         for copy in copies(model):
             if not copy.name.startswith("lora_"):
-                input_dim = 0 if isinstance(copy.module, Conv1D | nn.Embedding) else 1
-                yield DenseChange(copy.full_name, copy.trained - copy.start.to(copy.trained.dtype), input_dim)
+                delta = copy.trained - copy.start.to(copy.trained.dtype)
+                yield DenseChange(copy.full_name, delta, input_dim(copy.module, copy.name))
 
     @override
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,10 @@ class PEFTStrategySuite(ABC):
         changes = {change.name: change for change in policy.strategy.changes(policy.lm)}
         assert policy.strategy.num_changed(policy.lm) == sum(base[name].numel() for name in changes)
         dense = {name: change.materialize().detach() for name, change in changes.items()}
+        owners = {name: type(module).__name__ for name, module in self.base().named_modules()}
+        for name, change in changes.items():  # what these layers multiply from the left
+            stored_by_input = re.search(r"Conv1D|Embedding", owners[name.rpartition(".")[0]])
+            assert change.input_dim == (0 if stored_by_input and name.endswith(".weight") else 1), name
         for name, change in changes.items():
             assert change.shape == dense[name].shape == base[name].shape
             torch.testing.assert_close(change.sq_norm(), dense[name].square().sum())

@@ -39,6 +39,7 @@ def test_patterns_name_whole_components_and_the_first_counts():
     assert pattern_key(pattern, "model.layers.1.mlp.up_proj") == r"layers\.1\..*"
     assert pattern_key(pattern, "model.layers.11.mlp.up_proj") is None
     assert pattern_key(pattern, "model.layers.0.mlp.q_proj_extra") is None
+    assert pattern_key({"proj": 2}, "model.layers.0.self_attn.q_proj") is None
 
 
 def test_layers_are_the_first_number():
