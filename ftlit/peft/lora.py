@@ -151,7 +151,7 @@ class LoRA(PEFTStrategy):
         whole = self._whole(model)
         targets = self._targets(model, whole)
         for name in targets:
-            _check_rank(name, model.get_submodule(name), self.rank_of(name))
+            _check_module(name, model.get_submodule(name), self.rank_of(name))
         for name in targets:
             module = model.get_submodule(name)
             kind: Any = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
@@ -170,6 +170,9 @@ class LoRA(PEFTStrategy):
     def _whole(self, model: PreTrainedModel) -> list[str]:
         """Modules that are trained whole, none inside another."""
         chosen = set(_found("modules_to_save", self.modules_to_save, [name for name, _ in model.named_modules()]))
+        for name in chosen:
+            if not any(True for _ in model.get_submodule(name).parameters()):
+                raise ConfigError(f"LoRA's modules_to_save names {name!r}, which has no weights to train.")
         names = [name for name, _ in model.named_modules()]
         return [name for name in names if name in chosen and not is_in(name, chosen - {name})]
 
@@ -398,15 +401,20 @@ def _no_match(argument: str, wish: str, names: list[str]) -> None:
     raise ConfigError(f"LoRA's {argument} {wish!r} matches no {kind}; this model has: {', '.join(endings)}.")
 
 
-def _check_rank(name: str, module: nn.Module, rank: int) -> None:
+def _check_module(name: str, module: nn.Module, rank: int) -> None:
     weight: Any = module.weight
     if min(weight.shape) < rank:
         raise ConfigError(
             f"LoRA's rank {rank} exceeds the smaller side of {name!r} ({list(weight.shape)}); "
             "choose a smaller rank or other target_modules."
         )
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise ConfigError(f"LoRA cannot adapt {name!r}, an embedding with max_norm.")
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+    scaled = isinstance(module, nn.Embedding) and isinstance(getattr(module, "embed_scale", None), Tensor)
+    if not (plain or scaled) or getattr(module, "max_norm", None) is not None:
+        raise ConfigError(
+            f"LoRA cannot adapt {name!r}: a {type(module).__name__} does more than multiply or look up; exclude it, or "
+            "train it whole with modules_to_save."
+        )
 
 
 def _train_whole(module: nn.Module) -> None:

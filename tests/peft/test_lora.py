@@ -114,6 +114,7 @@ REFUSALS = {
     "layer": ({"layers_to_transform": [0, 2]}, "layers_to_transform 2 is no layer"),
     "too large": ({"rank_pattern": {"k_proj": 9}}, "rank 9 exceeds the smaller side of .*k_proj"),
     "nothing": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "nothing to adapt"),
+    "no weights": ({"modules_to_save": ["act_fn"]}, "names '.*act_fn', which has no weights"),
     "no biases": ({"bias": "lora_only"}, "finds no bias in this model"),
 }
 
@@ -123,6 +124,19 @@ def test_refusals(name):
     settings, says = REFUSALS[name]
     with pytest.raises(ConfigError, match=says):
         LoRA(**settings).apply(tiny_lm())
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Linear])
+def test_layers_that_do_more_are_refused(kind):
+    class Shifted(kind):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    lm = tiny_lm()
+    name = "model.embed_tokens" if kind is nn.Embedding else "model.layers.0.self_attn.q_proj"
+    lm.get_submodule(name).__class__ = Shifted
+    with pytest.raises(ConfigError, match=f"cannot adapt '{name}': a Shifted does more"):
+        LoRA(rank=2, target_modules=["q_proj", "embed_tokens"]).apply(lm)
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
