@@ -26,7 +26,8 @@ _COMMON: dict[str, Any] = {
 }
 
 # Settings that differ from the common ones; together they cover grouped heads, biases on projections, query-key norms,
-# sliding windows shorter than the test rows, soft-caps on attention and logits, logit scales, tied and untied heads.
+# sliding windows shorter than the test rows, soft-caps on attention and logits, logit scales, tied and untied heads,
+# learned positions and transposed weights (GPT-2).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama_untied": ("LlamaConfig", {"tie_word_embeddings": False}),
@@ -37,6 +38,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "granite": ("GraniteConfig", {"logits_scaling": 4.0}),
+    "gpt2": ("GPT2Config", {"n_inner": 24, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
 }
 
 
