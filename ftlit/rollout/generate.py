@@ -1,7 +1,7 @@
 """Batched generation with any strategy.
 
-A loop of its own, not `model.generate`: answers that ended leave the batch, each row draws its samples from a seed of its
-own (so that batches, ranks and training cannot change them), and nothing in a model's generation config (a repetition
+A loop of its own, not `model.generate`: answers that ended leave the batch, each row draws its samples from its own seed
+(so that batches, ranks and training cannot change them), and nothing in a model's generation config (a repetition
 penalty, a top-k) changes what is measured.
 """
 
