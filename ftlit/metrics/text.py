@@ -1,7 +1,7 @@
 """Scores of generated text against a reference. Plain functions: answers are gathered whole from all ranks first.
 
-Words are runs of letters, marks and digits; a Chinese or Japanese character is a word of its own, as those scripts write
-no spaces. Everything works offline.
+Words are runs of letters, marks and digits; a Chinese or Japanese character is a word of its own, as those scripts
+write no spaces. Everything works offline.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def words(text: str) -> list[str]:
 
 
 def exact_match(answer: str, reference: str, strict: bool = False) -> float:
-    """1 where the two are the same after `normalize` (with `strict`: after removing white space around them), else 0."""
+    """1 where the two are the same after `normalize` (`strict`: but for white space around them), else 0."""
     if strict:
         return float(answer.strip() == reference.strip())
     return float(normalize(answer) == normalize(reference))

@@ -1,7 +1,7 @@
 """Batched generation with any strategy.
 
-A loop of its own, not `model.generate`: answers that ended leave the batch, each row draws its samples from its own seed
-(so that batches, ranks and training cannot change them), and nothing in a model's generation config (a repetition
+A loop of its own, not `model.generate`: answers that ended leave the batch, each row draws its samples from its own
+seed (so that batches, ranks and training cannot change them), and nothing in a model's generation config (a repetition
 penalty, a top-k) changes what is measured.
 """
 
@@ -128,7 +128,7 @@ def answer(
     ends = end_tokens(lm, tokenizer)
     alike_only = strategy is not None and not strategy.pads_prompts
     found: list[Answer | None] = [None] * len(prompts)
-    was = lm.training
+    modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
         for rows in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, max_tokens, alike_only):
@@ -137,7 +137,8 @@ def answer(
             for row, one in zip(rows, part.run(temperature, top_p, uniform, streamer), strict=True):
                 found[row] = one
     finally:
-        lm.train(was)
+        for module, mode in modes:
+            module.training = mode
     return [one for one in found if one is not None]
 
 

@@ -91,10 +91,10 @@ _NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\
 
 
 def final_number(text: str) -> float | None:
-    """The last number of a text, or the first after its last `####`; None without one.
+    r"""The last number of a text, or the first after its last `####`; None without one.
 
     Example:
-        >>> final_number("48 + 24 = 72 clips.\\n#### 1,072.0 (in all 3 months)")
+        >>> final_number("48 + 24 = 72 clips.\n#### 1,072.0 (in all 3 months)")
         1072.0
     """
     _, mark, rest = text.rpartition("####")

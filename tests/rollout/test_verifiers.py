@@ -1,4 +1,5 @@
 import sys
+from typing import ClassVar
 
 import pytest
 
@@ -8,27 +9,27 @@ from ftlit.testing import VerifierSuite
 
 
 class TestFinalNumber(VerifierSuite):
-    columns = {"reference": ["3 + 4 = <<3+4=7>>7\n#### 7", "#### 1,234", "minus two: -2"]}
-    right = ["So it is 7.", "In all $1234.00!", "It is -2"]
-    wrong = ["7 is not 8", "1.234", "2"]
+    columns: ClassVar = {"reference": ["3 + 4 = <<3+4=7>>7\n#### 7", "#### 1,234", "minus two: -2"]}
+    right = ("So it is 7.", "In all $1234.00!", "It is -2")
+    wrong = ("7 is not 8", "1.234", "2")
 
     def make(self):
         return FinalNumber()
 
 
 class TestFinalNumberOfAColumn(VerifierSuite):
-    columns = {"answer": [5, 2.5]}
-    right = ["5", "2.50"]
-    wrong = ["", "none"]
+    columns: ClassVar = {"answer": [5, 2.5]}
+    right = ("5", "2.50")
+    wrong = ("", "none")
 
     def make(self):
         return FinalNumber(column="answer")
 
 
 class TestContains(VerifierSuite):
-    columns = {"reference": ["Nova", "北京"]}
-    right = ["I am Nova!", "它是 北京 。"]
-    wrong = ["I am Novak.", "Peking"]
+    columns: ClassVar = {"reference": ["Nova", "北京"]}
+    right = ("I am Nova!", "它是 北京 。")
+    wrong = ("I am Novak.", "Peking")
 
     def make(self):
         return Contains()
@@ -39,9 +40,9 @@ def shorter(prompts, completions, limit, **columns):
 
 
 class TestAFunction(VerifierSuite):
-    columns = {"limit": [3, 5]}
-    right = ["ab", "abcd"]
-    wrong = ["abc", "abcde"]
+    columns: ClassVar = {"limit": [3, 5]}
+    right = ("ab", "abcd")
+    wrong = ("abc", "abcde")
 
     def make(self):
         return shorter
