@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ftlit import callbacks, peft
-from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
+from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.cli_errors import explain
 from ftlit.data import datamodules, formats
@@ -130,6 +130,8 @@ class CLI(LightningCLI):
             _prepare_wandb(config.trainer, folder)
         else:
             config.trainer.logger = False
+            if "verbose" in config:
+                config.verbose = False  # WriteEvaluation prints the table
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
         if "ckpt_path" in config:
@@ -176,6 +178,8 @@ class CLI(LightningCLI):
             own += [Report(), SaveAdapter()]
         elif self.subcommand == "predict":
             own.append(WritePredictions())
+        elif self.subcommand in ("validate", "test"):
+            own.append(WriteEvaluation())
         if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
             own.append(Progress())
         try:

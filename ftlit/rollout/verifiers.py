@@ -7,7 +7,7 @@ import importlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -104,7 +104,7 @@ def final_number(text: str) -> float | None:
     return float(every[-1].replace(",", "")) if every else None
 
 
-def column_of(columns: dict[str, Sequence[Any]], name: str, verifier: str) -> Sequence[Any]:
+def column_of(columns: Mapping[str, Sequence[Any]], name: str, verifier: str) -> Sequence[Any]:
     """A column that a verifier needs.
 
     Raises:
@@ -160,7 +160,7 @@ def verify(
     verifier: Callable[..., Any],
     prompts: Sequence[Prompt],
     completions: Sequence[str],
-    columns: dict[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
     """Calls a verifier and checks what it says.
 
