@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from ftlit import callbacks, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
 from ftlit.callbacks.metrics_csv import MetricsCSV
+from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain
 from ftlit.data import datamodules, formats
 from ftlit.data.templating import terminal_marks
@@ -164,6 +165,9 @@ class CLI(LightningCLI):
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
             resumed = bool(self.config_init["fit"].get("ckpt_path"))
+            for one in loggers:
+                if isinstance(one, WandB):
+                    one.go_on(resumed)
             kwargs["logger"] = [MetricsCSV(folder, resumed), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
@@ -180,7 +184,7 @@ class CLI(LightningCLI):
             own.append(WritePredictions())
         elif self.subcommand in ("validate", "test"):
             own.append(WriteEvaluation())
-        if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
+        if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         try:
             return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -209,7 +213,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
     """Lets a W&B logger write into the run folder, and work offline where no key is set."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
-        if not isinstance(logger, Namespace) or not str(logger.get("class_path")).endswith("WandbLogger"):
+        kind = str(logger.get("class_path")) if isinstance(logger, Namespace) else ""
+        if not kind.endswith((".WandB", "WandbLogger")):
             continue
         settings = logger.init_args
         settings.save_dir = str(folder)
@@ -217,6 +222,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists() or "WANDB_MODE" in os.environ
         if not known and not settings.offline:
             settings.offline = True
+            if settings.get("log_model"):  # Lightning's own logger refuses this pair with a traceback
+                raise ConfigError("W&B: log_model needs a key (wandb login); the WandB logger has log_adapter instead.")
             print("W&B: no key is set, so this run is logged offline; upload it later with `wandb sync`.", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from ftlit.callbacks.files import write_whole
-
-_UNITS = {
-    "loss": "nats a trained token",
-    "accuracy": "share of trained tokens that are the first choice",
-    "verifier": "mean score",
-    "length": "tokens",
-    "end_rate": "share that ended by itself",
-    "seconds_per_answer": "s",
-}
+from ftlit.callbacks.tables import finite, table
 
 
 class WriteEvaluation(L.Callback):
@@ -37,36 +28,14 @@ class WriteEvaluation(L.Callback):
     def _finish(trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key != "step"}
+        measured = {key: float(value) for key, value in trainer.callback_metrics.items() if key != "step"}
+        values = dict(sorted(measured.items(), key=lambda item: item[0].startswith("gen/")))  # losses first
         print("\n".join(table(values)), flush=True)
-        path = Path(trainer.default_root_dir) / f"{trainer.state.fn}.json"
+        assert trainer.state.fn is not None
+        path = Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.json"
         result: dict[str, Any] = {"checkpoint": trainer.ckpt_path, "metrics": finite(values)}
         write_whole(path, json.dumps(result, indent=2) + "\n")
         print(f"kept in    {path}", flush=True)
 
 
-def finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON, which has no infinity and no not-a-number: None instead."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
-
-
-def table(values: dict[str, float]) -> list[str]:
-    """Aligned lines of metrics with what they are measured in; the ends of an interval stand behind its mean."""
-    shown = {key: value for key, value in values.items() if not key.endswith(("_low", "_high"))}
-    width = max((len(key) for key in shown), default=0)
-    lines = []
-    for key, value in shown.items():
-        note = _UNITS.get(key.rsplit("/", 1)[-1], "")
-        if f"{key}_low" in values:
-            low, high = values[f"{key}_low"], values[f"{key}_high"]
-            note = f"95 % interval {number(low)} to {number(high)}"
-        lines.append(f"{key:<{width}}  {number(value):>9}  {note}".rstrip())
-    return lines
-
-
-def number(value: float) -> str:
-    """A number with as many digits as one reads."""
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}" if abs(value) >= 1e6 else f"{value:,.0f}"
-
-
-__all__ = ["WriteEvaluation", "finite", "number", "table"]
+__all__ = ["WriteEvaluation"]

@@ -133,18 +133,19 @@ class GenerationEval(L.Callback):
         self.seconds, self.rounds, self.validations = 0.0, 0, 0
         self._last_step: int | None = None
         self._questions: list[EvalRow] = []
+        self._resumed_at = 0
         self._wrote = False
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
     @property
-    def state_key(self) -> str:
-        """Several sets have several states."""
+    def _key(self) -> str:
         return f"GenerationEval[{self.set_name or self.rows or MAIN}]"
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the run measured so far, for when it goes on."""
-        return {
+    # Not `state_dict`: Lightning would refuse two of a kind before `setup` can say what to do.
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the run measured so far, for when it goes on."""
+        checkpoint[self._key] = {
             "start": self.start_values,
             "last": self.last_values,
             "seconds": self.seconds,
@@ -152,11 +153,12 @@ class GenerationEval(L.Callback):
             "validations": self.validations,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Goes on from it."""
-        self.start_values, self.last_values = dict(state_dict["start"]), dict(state_dict["last"])
-        self.seconds, self.rounds = state_dict["seconds"], state_dict["rounds"]
-        self.validations = state_dict["validations"]
+        state = checkpoint.get(self._key)
+        if state is not None and trainer.state.fn == "fit":
+            self.start_values, self.last_values = dict(state["start"]), dict(state["last"])
+            self.seconds, self.rounds, self.validations = state["seconds"], state["rounds"], state["validations"]
 
     # ---- when -----------------------------------------------------------------------------------------------------
 
@@ -165,10 +167,9 @@ class GenerationEval(L.Callback):
         if stage not in ("fit", "validate", "test"):
             return
         others = [c for c in trainer.callbacks if isinstance(c, GenerationEval) and c is not self]
-        if any(other.state_key == self.state_key for other in others):
-            raise ConfigError(
-                f"two GenerationEval callbacks both measure {self.state_key[15:-1]!r}: give each a name of its own."
-            )
+        if any(other._key == self._key for other in others):
+            name = self.set_name or self.rows or MAIN
+            raise ConfigError(f"two GenerationEval callbacks both measure {name!r}: give each a name of its own.")
         data: Any = trainer.datamodule
         self._questions, count = eval_rows(data, self.rows, stage == "test", self.num_rows, self.seed)
         if trainer.is_global_zero:
@@ -194,6 +195,7 @@ class GenerationEval(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from; a run that goes on has that behind it."""
+        self._resumed_at = trainer.global_step
         if self.at_start and trainer.global_step == 0:
             self.start_values = self._round(trainer, pl_module)
             self._to_loggers(trainer, self.start_values)
@@ -366,14 +368,16 @@ class GenerationEval(L.Callback):
     def _keep(self, trainer: L.Trainer, records: list[dict[str, Any]]) -> None:
         """Adds the answers to the file; where a run goes on, instead of those that are measured again."""
         name, step = self._set(trainer), trainer.global_step
-        kind = "samples" if trainer.state.fn == "fit" else f"{trainer.state.fn}_samples"
+        assert trainer.state.fn is not None
+        kind = "samples" if trainer.state.fn == "fit" else f"{trainer.state.fn.value}_samples"
         path = Path(trainer.default_root_dir) / (f"{kind}.jsonl" if name == MAIN else f"{kind}-{name}.jsonl")
         lines = [json.dumps({"step": step, "set": name, **record}, ensure_ascii=False) for record in records]
         if self._wrote:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
         else:
-            earlier = _before(path, step) if trainer.state.fn == "fit" and trainer.ckpt_path else []
+            goes_on = trainer.state.fn == "fit" and trainer.ckpt_path
+            earlier = _before(path, min(step, self._resumed_at + 1)) if goes_on else []
             write_whole(path, "".join(f"{line}\n" for line in [*earlier, *lines]))
         self._wrote = True
         scores = [key for key in ("exact_match", "f1", "rouge_l", "verifier") if any(key in r for r in records)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ftlit.callbacks.files import write_whole
 
 
 class MetricsCSV(Logger):
@@ -75,7 +78,6 @@ class MetricsCSV(Logger):
 
     def _begin(self, step: int) -> None:
         self._ready = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumed and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(line.replace("\0", "") for line in file)
@@ -87,7 +89,8 @@ class MetricsCSV(Logger):
         self._write_all()
 
     def _write_all(self) -> None:
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, text.getvalue())
