@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 
-from ftlit.callbacks.files import write_whole
 from ftlit.callbacks.tables import finite, table
+from ftlit.files import write_text
 
 
 class WriteEvaluation(L.Callback):
@@ -34,7 +34,7 @@ class WriteEvaluation(L.Callback):
         assert trainer.state.fn is not None
         path = Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.json"
         result: dict[str, Any] = {"checkpoint": trainer.ckpt_path, "metrics": finite(values)}
-        write_whole(path, json.dumps(result, indent=2) + "\n")
+        write_text(path, json.dumps(result, indent=2) + "\n")
         print(f"kept in    {path}", flush=True)
 
 

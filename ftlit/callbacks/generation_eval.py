@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from ftlit.callbacks.files import write_whole
 from ftlit.callbacks.generation_rows import EvalRow, eval_rows
 from ftlit.data.datamodules import MAIN
 from ftlit.errors import ConfigError
+from ftlit.files import write_text
 from ftlit.metrics import text
 from ftlit.metrics.intervals import interval
 from ftlit.rollout.generate import answer, seed_of
@@ -166,6 +167,8 @@ class GenerationEval(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate", "test"):
             return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ConfigError("GenerationEval cannot answer with a model whose weights are sharded; use ddp.")
         others = [c for c in trainer.callbacks if isinstance(c, GenerationEval) and c is not self]
         if any(other._key == self._key for other in others):
             name = self.set_name or self.rows or MAIN
@@ -378,7 +381,7 @@ class GenerationEval(L.Callback):
         else:
             goes_on = trainer.state.fn == "fit" and trainer.ckpt_path
             earlier = _before(path, min(step, self._resumed_at + 1)) if goes_on else []
-            write_whole(path, "".join(f"{line}\n" for line in [*earlier, *lines]))
+            write_text(path, "".join(f"{line}\n" for line in [*earlier, *lines]))
         self._wrote = True
         scores = [key for key in ("exact_match", "f1", "rouge_l", "verifier") if any(key in r for r in records)]
         rows = [

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
-from ftlit.callbacks.files import write_whole
 from ftlit.callbacks.generation_eval import GenerationEval
 from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
+from ftlit.files import write_text
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Report(L.Callback):
         folder = Path(trainer.default_root_dir)
         steps = trainer.global_step - (self._first or 0)
         summary = self._summary(trainer, pl_module, memory)
-        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         for logger in trainer.loggers:
             if hasattr(logger, "log_summary"):
                 logger.log_summary(summary)

@@ -143,13 +143,13 @@ def test_two_ranks_measure_what_one_measures(fit_args, tmp_path, temperature, ch
 def test_a_resumed_run_measures_what_an_uninterrupted_one_does(ftlit, fit_args, check):
     args = [*GEN, *check, *option(every_n_validations=2, temperature=0.7), "--trainer.max_epochs", "4"]
     assert ftlit(*fit_args, *args, "--run", "whole") == 0
-    Path("stop_at.py").write_text(
+    Path("stop_at_eight.py").write_text(
         "import lightning as L\n"
         "class StopAt(L.Callback):\n"
         "    def on_train_batch_end(self, trainer, *args):\n"
         "        if trainer.global_step == 8: raise KeyboardInterrupt\n"
     )
-    assert ftlit(*fit_args, *args, "--trainer.callbacks+=stop_at.StopAt", "--run", "cut") in (1, 130)
+    assert ftlit(*fit_args, *args, "--trainer.callbacks+=stop_at_eight.StopAt", "--run", "cut") in (1, 130)
     with Path("cut/samples.jsonl").open("a") as file:
         file.write('{"step": 7, "row": 1}\n{"torn')
     assert ftlit("fit", "--config", "whole/config.yaml", "--run", "cut", "--ckpt_path", "last") == 0

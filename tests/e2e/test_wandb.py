@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from test_run import metrics
-from wandb_file import Offline
+
+from .test_run import metrics
+from .wandb_file import Offline
 
 GEN = [
     "--trainer.callbacks+=GenerationEval",
@@ -91,13 +92,13 @@ def test_an_offline_run_holds_everything(ftlit, args, monkeypatch, tmp_path):
 def test_a_resumed_run_goes_on_under_its_id_without_a_step_twice(ftlit, args):
     args += ["--trainer.max_epochs", "3"]
     assert ftlit(*args, "--run", "whole") == 0
-    Path("stop_at.py").write_text(
+    Path("stop_at_five.py").write_text(
         "import lightning as L\n"
         "class StopAt(L.Callback):\n"
         "    def on_train_batch_start(self, trainer, *args):\n"
         "        if trainer.global_step == 5: raise KeyboardInterrupt\n"
     )
-    assert ftlit(*args, "--trainer.callbacks+=stop_at.StopAt", "--run", "cut") in (1, 130)
+    assert ftlit(*args, "--trainer.callbacks+=stop_at_five.StopAt", "--run", "cut") in (1, 130)
     (first,) = offline("cut")
     assert max(first.metrics()) == 5  # two steps after the checkpoint
     assert first.exit == 1
