@@ -248,3 +248,21 @@ def test_no_rows_at_all(ftlit, rows, tiny_model_folder):
     args = ["fit", "--config", "sft", "--model.policy", tiny_model_folder, "--data.train", rows, "--run", "r"]
     assert ftlit(*args, *GEN) == 1
     assert "GenerationEval has no rows" in ftlit.err
+
+
+def test_what_a_run_says_at_its_end(ftlit, fit_args):
+    args = [*fit_args, "--trainer.max_steps", "1"]
+    assert (
+        ftlit(*args, "--run", "r", "--trainer.callbacks+=GenerationEval", "--trainer.callbacks.max_new_tokens=3") == 0
+    )
+    lines = ftlit.out.splitlines()
+    place = lines.index(next(line for line in lines if line.startswith("trained    1 steps")))
+    assert lines[place + 1].startswith("generation ")
+    assert "% of the run" in lines[place + 1]
+    assert lines[place + 2].split() == ["before", "after"]
+    summary = json.loads(Path("r/summary.json").read_text())
+    assert summary["peak_memory_bytes_of_ranks"] == [summary["peak_memory_bytes"]]
+    assert 0 < summary["generation_seconds"] < summary["seconds"]
+    assert {"val/loss", "gen/f1"} <= set(summary["start"])
+    assert {"val/loss", "gen/f1"} <= set(summary["end"])
+    assert "samples.jsonl" in lines[-1]
