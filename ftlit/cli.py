@@ -22,9 +22,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ftlit import callbacks, peft
-from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
+from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
 from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
+from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain, rows_given
 from ftlit.data import datamodules, formats
 from ftlit.data.templating import terminal_marks
@@ -132,6 +133,8 @@ class CLI(LightningCLI):
             _prepare_wandb(config.trainer, folder)
         else:
             config.trainer.logger = False
+            if "verbose" in config:
+                config.verbose = False  # WriteEvaluation prints the table
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
         if config.trainer.strategy in ("fsdp", "fsdp2"):
@@ -173,6 +176,9 @@ class CLI(LightningCLI):
             if path:
                 checkpoint = read_checkpoint(path)
                 last = {"step": checkpoint["global_step"], **checkpoint.get("ftlit", {}).get("step_metrics", {})}
+            for one in loggers:
+                if isinstance(one, WandB):
+                    one.go_on(resumed=path is not None)
             kwargs["logger"] = [MetricsCSV(folder, last), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
@@ -187,7 +193,9 @@ class CLI(LightningCLI):
             own += [Report(), SaveAdapter()]
         elif self.subcommand == "predict":
             own.append(WritePredictions())
-        if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
+        elif self.subcommand in ("validate", "test"):
+            own.append(WriteEvaluation())
+        if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         try:
             return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -245,7 +253,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
     """Lets a W&B logger write into the run folder, and work offline where no key is set."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
-        if not isinstance(logger, Namespace) or not str(logger.get("class_path")).endswith("WandbLogger"):
+        kind = str(logger.get("class_path")) if isinstance(logger, Namespace) else ""
+        if not kind.endswith((".WandB", "WandbLogger")):
             continue
         settings = logger.init_args
         settings.save_dir = str(folder)
@@ -253,6 +262,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists() or "WANDB_MODE" in os.environ
         if not known and not settings.offline:
             settings.offline = True
+            if settings.get("log_model"):  # Lightning's own logger refuses this pair with a traceback
+                raise ConfigError("W&B: log_model needs a key (wandb login); the WandB logger has log_adapter instead.")
             print("W&B: no key is set, so this run is logged offline; upload it later with `wandb sync`.", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
 
