@@ -17,6 +17,7 @@ from ftlit.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftlit.data.formats import Message
+    from ftlit.data.sources import Source
     from ftlit.export.opening import Opened
 
 
@@ -143,8 +144,22 @@ def _ask(
 class _Asked(NamedTuple):
     """A question, as it was given and as turns."""
 
-    given: str | list[dict[str, str]]
+    given: str | list[dict[str, Any]]
     turns: list[Message]
+
+
+def _messages(source: Source, index: int) -> Sequence[Message]:
+    """The turns of a row.
+
+    Raises:
+        ConfigError: If it is no conversation.
+    """
+    from ftlit.data.formats import Conversation
+
+    record = source.record(index)
+    if not isinstance(record, Conversation):
+        raise ConfigError(f"--prompts {source.where(index)}: a question must be a conversation (messages, say).")
+    return record.messages
 
 
 def _questions(options: argparse.Namespace) -> list[_Asked]:
@@ -159,10 +174,10 @@ def _questions(options: argparse.Namespace) -> list[_Asked]:
 
             source = Source(options.prompts)
             for index in range(len(source)):
-                turns = list(source.conversation(index).messages)
+                turns = list(_messages(source, index))
                 if turns[-1].role == "assistant":
                     turns = turns[:-1]
-                rows.append(_Asked([turn._asdict() for turn in turns], turns))
+                rows.append(_Asked([turn.turn() for turn in turns], turns))
         elif not path.is_file():
             raise ConfigError(f"--prompts {path} does not exist.")
         else:
@@ -230,7 +245,8 @@ def _chat(args: list[str]) -> int:
         elif question:
             turns.append(Message("user", question))
             streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            turns.append(Message("assistant", *_ask(opened, options, [turns], len(turns), streamer)))
+            (answer,) = _ask(opened, options, [turns], len(turns), streamer)
+            turns.append(Message("assistant", answer))
 
 
 def _export(args: list[str]) -> int:

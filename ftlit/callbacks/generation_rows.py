@@ -34,9 +34,9 @@ class EvalRow(NamedTuple):
     columns: Mapping[str, Any]
 
     @property
-    def turns(self) -> list[dict[str, str]]:
+    def turns(self) -> list[dict[str, Any]]:
         """The turns as the chat APIs write them."""
-        return [message._asdict() for message in self.messages]
+        return [message.turn() for message in self.messages]
 
 
 def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, seed: int) -> tuple[list[EvalRow], int]:
@@ -70,7 +70,7 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
             messages = messages[:-1]
         with source.at(index):
             prompt = data.template.prompt_ids(messages)
-        columns = {key: value for key, value in dict(source.rows[index]).items() if key not in _TAKEN}
+        columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
         out.append(EvalRow(number + 1, messages, prompt, reference, columns))
     return out, len(found)
 
@@ -78,7 +78,7 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
 def _conversations(data: Any, rows: str | None, test: bool) -> list[tuple[Source, int, Conversation]]:
     """The rows as the datamodule reads them, with its system turn and placeholders."""
     if rows is None and test:
-        return data._rows("test", data.test_file)
+        return data.conversations("test", [data.test_file])
     sets = data.validation
     if rows is None:
         if not sets:
@@ -86,9 +86,8 @@ def _conversations(data: Any, rows: str | None, test: bool) -> list[tuple[Source
         rows = MAIN if MAIN in sets else next(iter(sets))
     given = sets.get(rows, rows)
     if isinstance(given, str):
-        return data._rows(rows, given)
-    trained_on = [row for file in data.files for row in data._rows("train", file)]
-    return data._split(trained_on, float(given))[1]
+        return data.conversations("validation", [given])
+    return data.conversations("train", data.files, rows)
 
 
 __all__ = ["EvalRow", "eval_rows"]

@@ -336,6 +336,38 @@ class SFTData(L.LightningDataModule):
         if not self.prompts:
             raise DataError(f"predict: none of {len(source)} rows can be read.")
 
+    def conversations(
+        self, what: str, files: Sequence[str | None], name: str = ""
+    ) -> list[tuple[Source, int, Conversation]]:
+        """The rows of some files as conversations, with the system turn and the placeholders of this run.
+
+        Args:
+            what: The argument that names the files, such as `test`.
+            files: The files.
+            name: A validation set that is a share of these rows: only its rows, then.
+
+        Raises:
+            DataError: If a row cannot be read and `on_bad_row` is `error`.
+        """
+        sources = self._open(what, files)
+        readable, records = [], []
+        for source in sources:
+            keep = np.zeros(len(source), bool)
+            for row in range(len(source)):
+                try:
+                    record = source.record(row)
+                    with source.at(row):
+                        records.append((source, row, _as_conversation(self._changed(source, record))))
+                    keep[row] = True
+                except DataError:
+                    if self.on_bad_row == "error":
+                        raise
+            readable.append(keep)
+        if not name:
+            return records
+        held_out = dict(zip(map(id, sources), self._held_out(readable, float(self.validation[name])), strict=True))
+        return [(source, row, turns) for source, row, turns in records if held_out[id(source)][row]]
+
     def _list(self, source: Source, sentences: list[str]) -> None:
         """Says which rows are skipped."""
         if not sentences:
