@@ -41,7 +41,7 @@ def test_a_row_keeps_its_system_turn(ftlit, tiny_model_folder, monkeypatch):
     turns = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
     Path("s.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     answers(ftlit, tiny_model_folder, "--prompts", "s.jsonl", "--prompt", "Hi", "--system", "Given.")
-    assert [turns[0] for turns in seen] == [("system", "Given."), ("system", "Own.")]
+    assert [tuple(turns[0][:2]) for turns in seen] == [("system", "Given."), ("system", "Own.")]
 
 
 def test_a_file_without_a_question(ftlit, tiny_model_folder):
