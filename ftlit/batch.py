@@ -11,7 +11,7 @@ would cast the float weights of the targets to the precision of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Segments:
         self.offsets = tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
         # Attention masks by (queries, keys before them, window): built once a micro-batch, shared by all layers.
         self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+        # Plans of the tiled attention on CPUs, likewise.
+        self.plans: dict[tuple[int, int | None, torch.dtype], list[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
