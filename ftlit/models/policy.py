@@ -11,6 +11,7 @@ from torch import nn
 from ftlit.batch import Example, PackedBatch, pack
 from ftlit.errors import ConfigError
 from ftlit.models.attention import NAME, packed_mask
+from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
 
@@ -49,6 +50,8 @@ class Policy(nn.Module):
         Returns:
             Log-probability (nats) and top-1 hit of each target, `[N]`.
         """
+        if batch.input_ids.device.type == "cpu" and self._repeats():
+            batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
         if self.longest is not None and max(batch.segments.lengths) > self.longest:
             raise ConfigError(
@@ -56,6 +59,14 @@ class Policy(nn.Module):
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
             )
         return score_packed(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
+
+    def _repeats(self) -> bool:
+        """Whether equal tokens after equal tokens have equal states: no dropout, no inputs of the strategy's own."""
+        dropout = float(getattr(self.strategy, "dropout", 0.0)) or float(
+            getattr(self.lm.config, "attention_dropout", 0)
+        )
+        own = type(self.strategy).prepare is not PEFTStrategy.prepare
+        return not own and not (dropout and self.training) and self.longest is None
 
     def forward(self, batch: PackedBatch) -> TokenScores:
         """The same as `score`."""

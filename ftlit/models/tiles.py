@@ -83,8 +83,9 @@ def _plan(segments: Segments, prefix: int, window: int | None, dtype: torch.dtyp
         for parent in segments.ancestors(index):
             begin = prefix + segments.offsets[parent]
             before.append((begin, begin + segments.lengths[parent]))
-        if segments.parents[index] < 0 and length <= TILE and (window is None or window >= prefix + length):
-            count = _neighbours(segments, index, prefix, window)
+        earlier = sum(stop - start for start, stop in before)
+        if length <= TILE and (window is None or window >= earlier + length):
+            count = _neighbours(segments, index, earlier, window)
             tiles.append(_shared(segments, index, count, prefix, before, dtype))
             index += count
             continue
@@ -97,13 +98,13 @@ def _plan(segments: Segments, prefix: int, window: int | None, dtype: torch.dtyp
     return tiles
 
 
-def _neighbours(segments: Segments, first: int, prefix: int, window: int | None) -> int:
-    """How many segments from `first` on fit into one tile."""
+def _neighbours(segments: Segments, first: int, earlier: int, window: int | None) -> int:
+    """How many segments from `first` on, all with the same parent, fit into one tile."""
     count, total = 1, segments.lengths[first]
-    while first + count < len(segments) and segments.parents[first + count] < 0:
+    while first + count < len(segments) and segments.parents[first + count] == segments.parents[first]:
         length = segments.lengths[first + count]
         total += length
-        if total > TILE or (window is not None and window < prefix + length):
+        if total > TILE or (window is not None and window < earlier + length):
             break
         count += 1
     return count
@@ -112,7 +113,7 @@ def _neighbours(segments: Segments, first: int, prefix: int, window: int | None)
 def _shared(
     segments: Segments, first: int, count: int, prefix: int, before: list[tuple[int, int]], dtype: torch.dtype
 ) -> _Tile:
-    """The tile of some short neighbours: each sees itself and the prefix."""
+    """The tile of some short neighbours: each sees itself and what all see before it."""
     lengths = torch.tensor(segments.lengths[first : first + count])
     owner = torch.repeat_interleave(torch.arange(count), lengths)
     allowed = (owner[:, None] == owner[None]).tril()
