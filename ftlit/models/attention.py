@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlit.batch import PrefixKV, Segments
 from ftlit.errors import ConfigError
-from ftlit.models.tiles import TILED, tiled_attention
+from ftlit.models.tiles import can_tile, tiled_attention
 
 NAME = "ftlit"
 
@@ -83,7 +83,7 @@ def segment_attention(
             "segments do not implement yet; this model cannot be trained with ftlit."
         )
     past = None if prefix_kv is None else prefix_kv[module.layer_idx]  # type: ignore[index]
-    if query.device.type == "cpu" and query.dtype in TILED and softcap is None and not dropout:
+    if softcap is None and not dropout and can_tile(query, key, value):
         return tiled_attention(query, key, value, segments, scaling, sliding_window, past), None
     pieces = []
     for first, count in segments.runs():

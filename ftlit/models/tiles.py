@@ -18,8 +18,6 @@ from ftlit.batch import Segments
 
 # Queries of a tile, at most; the scores of all heads should stay in the cache.
 TILE = 64
-# Half precision has no fast matrix products of this shape on a CPU.
-TILED = (torch.float32, torch.float64)
 
 
 class _Tile(NamedTuple):
@@ -36,6 +34,12 @@ class _Tile(NamedTuple):
     stop: int
     keys: tuple[tuple[int, int], ...]
     bias: Tensor
+
+
+def can_tile(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether these are for `tiled_attention`: half precision has no fast products of this shape on a CPU."""
+    full = query.dtype in (torch.float32, torch.float64) and query.dtype == key.dtype == value.dtype
+    return query.device.type == "cpu" and full and not torch.is_autocast_enabled("cpu")
 
 
 def tiled_attention(
