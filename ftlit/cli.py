@@ -23,15 +23,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from ftlit import callbacks, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
+from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.cli_errors import explain
 from ftlit.data import datamodules, formats
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
 from ftlit.export.opening import read_checkpoint
+from ftlit.files import write_text
 from ftlit.objectives import sft as objectives
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
+from ftlit.stages.signals import StopRequest, exit_status
 
 RUN_VARIABLE = "FTLIT_RUN"
 
@@ -67,10 +70,9 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit" or self.already_saved or not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config.ckpt_path = None  # where this process went on from is not a setting of the run
-        self.parser.save(config, str(path), skip_unset=False, overwrite=True)
+        write_text(path, self.parser.dump(config, skip_unset=False))
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
         self.already_saved: bool = True
@@ -132,6 +134,8 @@ class CLI(LightningCLI):
             config.trainer.logger = False
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
+        if config.trainer.strategy in ("fsdp", "fsdp2"):
+            config.trainer.strategy = Namespace(class_path="ftlit.stages.fsdp.FSDP2", init_args=Namespace())
         if "ckpt_path" in config:
             config.ckpt_path = _checkpoint(config.ckpt_path, folder, verb)
 
@@ -161,8 +165,9 @@ class CLI(LightningCLI):
         elif self.subcommand == "fit":
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
-            resumed = bool(self.config_init["fit"].get("ckpt_path"))
-            kwargs["logger"] = [MetricsCSV(folder, resumed), *(one for one in loggers if isinstance(one, Logger))]
+            path = self.config_init["fit"].get("ckpt_path")
+            resumed_at = int(read_checkpoint(path)["global_step"]) if path else None
+            kwargs["logger"] = [MetricsCSV(folder, resumed_at), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -186,19 +191,42 @@ class CLI(LightningCLI):
 
 def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
     """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves."""
-    if asked is None and verb != "fit" and (folder / "checkpoints" / "last.ckpt").exists():
+    kept = folder / "checkpoints"
+    if asked is None and verb != "fit" and ((kept / LAST).exists() or (kept / PREVIOUS).exists()):
         asked = "last"
-    if asked in ("last", "best"):
-        path = folder / "checkpoints" / f"{asked}.ckpt"
-        if not path.exists():
-            raise ConfigError(f"there is no {path}: give the --run that has one, or the path of a checkpoint.")
-        asked = str(path)
-    if asked is not None:
-        if not Path(asked).exists():
-            raise ConfigError(f"checkpoint {asked} does not exist.")
-        read_checkpoint(asked)
-        print(f"weights    {asked}", flush=True)
-    return asked
+    if asked is None:
+        return None
+    if asked == "last":
+        path = _newest_whole(kept)
+        if path is None and verb == "fit" and (folder / "config.yaml").exists():
+            print(f"weights    {folder} has no checkpoint yet: the run starts from its beginning", flush=True)
+            return None
+    else:
+        path = kept / "best.ckpt" if asked == "best" else Path(asked)
+    if path is None or (asked == "best" and not path.exists()):
+        raise ConfigError(f"there is no {kept / asked}.ckpt: give the --run that has one, or the path of a checkpoint.")
+    if not path.exists():
+        raise ConfigError(f"checkpoint {asked} does not exist.")
+    read_checkpoint(path)
+    print(f"weights    {path}", flush=True)
+    return str(path)
+
+
+def _newest_whole(kept: Path) -> Path | None:
+    """`last.ckpt`, or where it is damaged or missing the one before it."""
+    last, previous = kept / LAST, kept / PREVIOUS
+    if last.exists():
+        try:
+            read_checkpoint(last)
+        except ConfigError as error:
+            if not previous.exists():
+                raise
+            print(f"weights    {error} Going on from the one before it.", flush=True)
+            if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")):
+                os.replace(last, last.with_suffix(".damaged"))
+            return previous
+        return last
+    return previous if previous.exists() else None
 
 
 def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
@@ -266,7 +294,7 @@ def run(args: list[str]) -> int:
                 parser_kwargs={"exit_on_error": False, **{verb: dict(options) for verb in CLI.subcommands()}},
             )
     except SIGTERMException:
-        return 143
+        return exit_status(StopRequest.last)
     except (MisconfigurationException, FloatingPointError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     finally:

@@ -41,11 +41,12 @@ class SaveAdapter(L.Callback):
         self.best = state_dict["best"]
 
     def _save(self, trainer: L.Trainer, stage: Stage, which: str) -> None:
-        if stage.strategy.peft_type is None or stage.policy is None or not trainer.is_global_zero:
+        if stage.strategy.peft_type is None or stage.policy is None:
             return
         name = stage.name_of_policy
         base = str(Path(name).resolve()) if Path(name).exists() else name
-        save_adapter(stage.strategy, stage.policy.lm, Path(trainer.default_root_dir) / "adapter" / which, base)
+        folder = Path(trainer.default_root_dir) / "adapter" / which
+        save_adapter(stage.strategy, stage.policy.lm, folder, base, write=trainer.is_global_zero)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Keeps the best."""

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ftlit.files import replacing
+
 
 class MetricsCSV(Logger):
     """Writes every metric to `metrics.csv` in the run folder, at once: a killed run keeps what it measured.
@@ -18,13 +20,13 @@ class MetricsCSV(Logger):
 
     Args:
         folder: The run folder.
-        resumed: Whether the run goes on from a checkpoint.
+        resumed_at: The optimizer step of the checkpoint that the run goes on from; None for a new run.
     """
 
-    def __init__(self, folder: str | Path, resumed: bool = False) -> None:
+    def __init__(self, folder: str | Path, resumed_at: int | None = None) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.resumed = resumed
+        self.resumed_at = resumed_at
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         self._ready = False
@@ -58,10 +60,12 @@ class MetricsCSV(Logger):
         """Adds a row, or to the row of the same step."""
         step = 0 if step is None else step
         if not self._ready:
-            self._begin(step)
+            self._begin()
         values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
         fresh = [key for key in values if key not in self.columns]
-        merge = bool(self.rows) and self.rows[-1]["step"] == step and not set(values) & set(self.rows[-1])
+        # What is measured again at the step that the run goes on from takes the place of what was there.
+        merge = bool(self.rows) and self.rows[-1]["step"] == step
+        merge = merge and (step == self.resumed_at or not set(values) & set(self.rows[-1]))
         if merge:
             self.rows[-1] |= values
         else:
@@ -73,21 +77,21 @@ class MetricsCSV(Logger):
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(self.rows[-1])
 
-    def _begin(self, step: int) -> None:
+    def _begin(self) -> None:
         self._ready = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.resumed and self.path.exists():
+        if self.resumed_at is not None and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(line.replace("\0", "") for line in file)
                 self.columns = list(reader.fieldnames or ["step"])
                 old = [{key: value for key, value in row.items() if value} for row in reader]
             # A killed run may have torn its last row.
             whole = [row for row in old if str(row.get("step")).isdigit() and None not in row]
-            self.rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) < step]
+            self.rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) <= self.resumed_at]
         self._write_all()
 
     def _write_all(self) -> None:
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)

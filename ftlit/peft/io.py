@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ftlit.errors import ConfigError
+from ftlit.files import replacing, write_text
 from ftlit.peft.base import PEFTStrategy
+from ftlit.ranks import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +26,9 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def save_adapter(strategy: PEFTStrategy, model: PreTrainedModel, folder: str | Path, base: str) -> None:
+def save_adapter(
+    strategy: PEFTStrategy, model: PreTrainedModel, folder: str | Path, base: str, write: bool = True
+) -> None:
     """Writes an adapter folder that ftlit and `peft.PeftModel.from_pretrained` read.
 
     Args:
@@ -32,9 +36,11 @@ def save_adapter(strategy: PEFTStrategy, model: PreTrainedModel, folder: str | P
         model: The model.
         folder: Where to write; made if needed.
         base: Name or path of the base model, for `base_model_name_or_path`.
+        write: False on all ranks but one: they only help to put sharded tensors together.
 
     Raises:
         ConfigError: If the strategy has no such format.
+        DiskFullError: If there is no space left; an adapter that was there before is kept.
     """
     config = {
         **strategy.peft_config(model),
@@ -43,10 +49,12 @@ def save_adapter(strategy: PEFTStrategy, model: PreTrainedModel, folder: str | P
         "inference_mode": True,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in strategy.state(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in strategy.state(model).items()}
+    if not write:
+        return
+    with replacing(folder / WEIGHTS) as scratch:
+        scratch.write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,13 +21,20 @@ from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
+from ftlit.models.shard import shard
 from ftlit.peft import Full, PEFTStrategy
+from ftlit.ranks import whole
+from ftlit.stages.checkpoint_io import AtomicCheckpointIO
+from ftlit.stages.fsdp import FSDP2
+from ftlit.stages.loops import position
+from ftlit.stages.signals import StopRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _LOSS = "the loss that is minimized"  # beside the metrics of a step, which may be others
+_STOP = "ranks that were asked to stop"
 
 
 class MicroLoss(NamedTuple):
@@ -97,7 +105,7 @@ class Stage(L.LightningModule):
         self.accumulate = 1
         self.planned_steps = 0
         self._given: tuple[int, int | None] = (1, 1)
-        self.grad_norm: Tensor | None = None
+        self.grad_norm = float("nan")
         self.step_metrics: dict[str, float] = {}
         self.start_metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
@@ -107,6 +115,10 @@ class Stage(L.LightningModule):
         self._started = self._lr = 0.0
         self._totals = StepTotals(0.0, 0, 0, 0)
         self._means: dict[str, float] = {}
+        self.stop = StopRequest()
+        self._agreed_to_stop = False
+        self._batch = StepBatch([], self._totals)
+        self._validated_at = -1
 
     # ---- what a stage says ----------------------------------------------------------------------------------------
 
@@ -159,6 +171,9 @@ class Stage(L.LightningModule):
         if self.gradient_checkpointing:
             recompute_activations(lm)
         self.policy = Policy(lm, self.strategy).train()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+            assert self.device_mesh is not None
+            shard(self.policy, self.device_mesh["data_parallel"])
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
@@ -228,6 +243,9 @@ class Stage(L.LightningModule):
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
         if stage != "fit":
             return
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.trainer.ckpt_path:  # where it started from was measured when it did
+            self.trainer.num_sanity_val_steps = 0
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
             raise ConfigError(
                 "GradientAccumulationScheduler does not work with ftlit, where a batch is a whole optimizer step; "
@@ -252,9 +270,27 @@ class Stage(L.LightningModule):
         The position is the number of optimizer steps and nothing else: Lightning restores a loader's own state only in
         the middle of an epoch, and after an interruption inside a step it is one ahead.
         """
+        self.stop.install()
         self.planned_steps = self.num_steps
         if isinstance(self.trainer.train_dataloader, StepLoader):
             self.trainer.train_dataloader.taken = self.trainer.global_step
+        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self._validates_here():
+            self.trainer.validating = True  # the run was stopped between this step and the end of its validation
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    def _validates_here(self) -> bool:
+        """Whether Lightning validates after the optimizer step that was taken last."""
+        trainer, step = self.trainer, self.trainer.global_step
+        if not trainer.enable_validation or step == 0:
+            return False
+        if step >= self.planned_steps:
+            return True
+        every = trainer.val_check_batch
+        if trainer.check_val_every_n_epoch is None:
+            return step % every == 0
+        epoch, number = divmod(step - 1, int(trainer.num_training_batches))
+        return (epoch + 1) % trainer.check_val_every_n_epoch == 0 and (number + 1) % every == 0
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """One optimizer step; returns the loss of its last micro-batch with the gradient still to be taken."""
@@ -272,7 +308,8 @@ class Stage(L.LightningModule):
                 sums[name] = sums[name] + value if name in sums else value
             loss = result.loss * scale
             if number < len(batch.micro_batches):
-                self.trainer.strategy.backward(loss, None)
+                with torch.autocast(self.device.type, enabled=False):  # as Lightning's own backward: outside of it
+                    self.trainer.strategy.backward(loss, None)
         self._means, self._totals = self._reduce(sums, batch), batch.totals
         return loss
 
@@ -288,18 +325,32 @@ class Stage(L.LightningModule):
         Raises:
             FloatingPointError: On every rank alike, before the weights are touched, if the loss is not a finite number.
         """
-        names = sorted(sums)
+        names = [*sorted(sums), _STOP]
+        sums = {**sums, _STOP: torch.tensor(float(self.stop.signal is not None), device=self.device)}
         values = torch.stack([sums[name].detach().double() for name in names])
         values = self.trainer.strategy.reduce(values, reduce_op="sum") / self.total(batch.totals)
         means = dict(zip(names, values.tolist(), strict=True))
+        self._agreed_to_stop = means.pop(_STOP) > 0
+        self._batch = batch
         loss = means.pop(_LOSS)
         if not math.isfinite(loss):
-            rows = [row for micro in batch.micro_batches for row in micro.examples]
-            raise FloatingPointError(
-                f"the loss of optimizer step {self.trainer.global_step + 1} is {loss} (training examples "
-                f"{rows}); lower model.lr, or look at these rows with `ftlit data`."
-            )
+            self._not_finite("loss", loss)
         return means
+
+    def _not_finite(self, what: str, value: float) -> NoReturn:
+        """Stops the run before the weights are touched; every rank finds the same value.
+
+        Raises:
+            FloatingPointError: Always; names the rows of the step.
+        """
+        rows = [row for micro in self._batch.micro_batches for row in micro.examples if row >= 0]
+        where = getattr(getattr(self.trainer, "datamodule", None), "where", None)
+        named = [where(row) if where is not None else f"training example {row + 1}" for row in rows[:8]]
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        raise FloatingPointError(
+            f"the {what} of optimizer step {self.trainer.global_step + 1} is {value} ({'; '.join(named)}{more}); "
+            "lower model.lr, or look at these rows with `ftlit data`. The last checkpoint is from before this step."
+        )
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing: Lightning calls this after the forward pass, when earlier micro-batches already left gradients."""
@@ -312,15 +363,15 @@ class Stage(L.LightningModule):
     ) -> None:
         """Clips as the Trainer was told, and keeps the norm from before for the log."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        if not math.isfinite(self.grad_norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self._not_finite("gradient norm", self.grad_norm)  # a scaler passes over such a step by itself
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in self.parameters() if p.grad is not None], gradient_clip_val, self.grad_norm
-            )
+        elif self.grad_norm > gradient_clip_val:
+            torch._foreach_mul_(gradients, gradient_clip_val / (self.grad_norm + 1e-6))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
@@ -329,7 +380,7 @@ class Stage(L.LightningModule):
         self.step_metrics = {
             **{f"train/{name}": value for name, value in self.step_summary(self._means).items()},
             "train/lr": self._lr,
-            "train/grad_norm": float("nan") if self.grad_norm is None else self.grad_norm.item(),
+            "train/grad_norm": self.grad_norm,
             "train/tokens_per_s": totals.tokens / seconds,
             "train/trained_tokens_per_s": totals.targets / seconds,
         }
@@ -343,6 +394,28 @@ class Stage(L.LightningModule):
         if self.trainer.global_step >= self.planned_steps:
             # So that Lightning validates the last step, wherever in an epoch and whatever else it was told.
             self.trainer.should_stop, self.trainer.check_val_every_n_epoch = True, 1
+        if self._agreed_to_stop:
+            self.trainer._signal_connector.received_sigterm = True  # Lightning's loops end at their next safe place
+
+    def on_validation_start(self) -> None:
+        """Listens to signals during the validation before training, too."""
+        if self.trainer.state.fn == "fit":
+            self.stop.install()
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Lets a signal end a validation; it is done again when the run goes on."""
+        if self.trainer.state.fn != "fit":
+            return
+        asked = torch.tensor(float(self.stop.signal is not None), device=self.device)
+        if self.trainer.world_size > 1:
+            asked = self.trainer.strategy.reduce(asked, reduce_op="sum")
+        if asked > 0:
+            self.trainer._signal_connector.received_sigterm = True
+
+    def on_validation_epoch_end(self) -> None:
+        """Notes that this step is validated; before the callbacks save it."""
+        if not self.trainer.sanity_checking:
+            self._validated_at = self.trainer.global_step
 
     def log_position(self) -> None:
         """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""
@@ -356,19 +429,52 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights; the frozen base is where it came from."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["start_metrics"] = self.start_metrics
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        shapes = self._trained_shapes()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in shapes}
+        checkpoint["ftlit"] = {
+            "trained": {name: list(shape) for name, shape in shapes.items()},
+            "start_metrics": self.start_metrics,
+            "validated_at": self._validated_at,
+            "data": self._data_fingerprint(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that lacks a trained weight or has one more: Lightning would pass over both."""
-        self.start_metrics = checkpoint.get("start_metrics", {})
+        """Checks that the checkpoint belongs to this run, and sets Lightning's loops to its optimizer step."""
         self.configure_model()
-        trained = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        if trained != saved:
-            wrong = sorted(set(trained.items()) ^ set(saved.items()))[0][0]
-            raise ConfigError(
-                f"the checkpoint does not fit this model and strategy: {wrong!r} is {list(saved.get(wrong, ()))} in "
-                f"the checkpoint and {list(trained.get(wrong, ()))} here. Use the config.yaml of the run it belongs to."
+        self.check_checkpoint(checkpoint)
+        own = checkpoint["ftlit"]
+        self.start_metrics, self._validated_at = own["start_metrics"], own["validated_at"]
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        if own["data"] != self._data_fingerprint():
+            rank_zero_only(print)(
+                "note       the training rows or their order are not those of the checkpoint: the run goes on, but not "
+                "as if it had never stopped"
             )
+        data = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "planner"):
+            checkpoint["loops"]["fit_loop"] = position(checkpoint["global_step"], self._epoch_steps(data))
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that lacks a trained weight or has one more: Lightning would pass over both.
+
+        Raises:
+            ConfigError: Naming the first weight that differs.
+        """
+        if "ftlit" not in checkpoint:
+            raise ConfigError("this is not a checkpoint of an ftlit run.")
+        trained = {name: list(shape) for name, shape in self._trained_shapes().items()}
+        saved = checkpoint["ftlit"]["trained"]
+        wrong = next((name for name in {**trained, **saved} if trained.get(name) != saved.get(name)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"the checkpoint does not fit this model and strategy: {wrong!r} is {saved.get(wrong, [])} in "
+                f"the checkpoint and {trained.get(wrong, [])} here. Use the config.yaml of the run it belongs to."
+            )
+
+    def _trained_shapes(self) -> dict[str, torch.Size]:
+        return {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+
+    def _data_fingerprint(self) -> str:
+        make = getattr(getattr(self._trainer, "datamodule", None), "fingerprint", None)
+        return "" if make is None else make()

@@ -98,6 +98,7 @@ class SFT(Stage):
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss`, `val/perplexity`, `val/accuracy`, and `val/NAME/...` of other sets."""
+        super().on_validation_epoch_end()
         self._log("val")
 
     def on_test_epoch_start(self) -> None:

@@ -29,10 +29,8 @@ def ftlit(tmp_path, monkeypatch, capfd):
     sys.path[:] = path
 
 
-@pytest.fixture
-def rows(tmp_path):
+def write_rows(path):
     """Twelve short conversations in a file."""
-    path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
         for number in range(12):
             turns = [
@@ -43,10 +41,20 @@ def rows(tmp_path):
     return str(path)
 
 
-@pytest.fixture
-def fit_args(rows, tiny_model_folder):
+def fit_options(rows, model):
+    """A small LoRA run: nine rows to train on, three to validate, three examples a step."""
     return [
         *("fit", "--config", "sft", "--config", "trainer/cpu", "--config", "peft/lora"),
-        *("--model.policy", tiny_model_folder, "--model.peft.rank", "4"),
+        *("--model.policy", model, "--model.peft.rank", "4"),
         *("--data.train", rows, "--data.validation", "0.25", "--data.batch_size", "3"),
     ]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def fit_args(rows, tiny_model_folder):
+    return fit_options(rows, tiny_model_folder)

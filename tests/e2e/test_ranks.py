@@ -1,18 +1,100 @@
 """Two processes train what one trains."""
 
 import csv
+import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
+
+from ftlit.testing import FAMILIES
+
+from .ranks_worker import train
 
 
-def run(args, cwd):
+def run(args, cwd, status=0):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "ftlit", *args], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == status, done.stderr[-3000:]
     return done.stdout
+
+
+def on_two_ranks(jobs, folder):
+    """Runs jobs of `ranks_worker.train` on two processes, started as an outside launcher starts them."""
+    (folder / "jobs.json").write_text(json.dumps([{"world": 2, **job} for job in jobs]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    env = {**os.environ, **group, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+    command = [sys.executable, str(Path(__file__).with_name("ranks_worker.py")), "jobs.json", "results.pt"]
+    ranks = [
+        subprocess.Popen(command, cwd=folder, env={**env, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+def assert_alike(ours, theirs, weights, metrics):
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, tensor in theirs["weights"].items():
+        torch.testing.assert_close(ours["weights"][name], tensor, rtol=0, atol=weights, msg=name)
+    assert len(ours["steps"]) == len(theirs["steps"]) == 10
+    for first, second in zip(ours["steps"], theirs["steps"], strict=True):
+        assert first == pytest.approx(second, rel=metrics, abs=metrics)
+
+
+def test_data_parallel_equals_one_rank(tmp_path):
+    """Ten steps with clipping, a schedule, uneven ranks and short last steps, also with a token cap: float64."""
+    methods = ["LoRA", "Full", "PrefixTuning", "PromptTuning"]
+    common = [{"method": method, "float64": True, "sgd": False} for method in methods]
+    jobs = [{**job, "strategy": "ddp", "batch_size": 4} for job in common]
+    jobs += [{**common[0], "strategy": "ddp", "batch_size": 2, "accumulate": 2, "max_tokens": 11}]
+    results = on_two_ranks(jobs, tmp_path)
+    assert max(results[-1]["micro"]) > 2
+    for result, job in zip(results, [*common, common[0]], strict=True):
+        assert_alike(result, train(**job), weights=1e-9, metrics=1e-9)
+
+
+def test_sharded_equals_one_rank(tmp_path):
+    """FSDP2 with every strategy: SGD, so that float32 rounding stays what it is."""
+    methods = ["LoRA", "Full", "PrefixTuning", "PromptTuning"]
+    common = [{"method": method} for method in methods]
+    jobs = [{**job, "strategy": "fsdp", "batch_size": 4} for job in common]
+    extra = [
+        {"batch_size": 2, "accumulate": 2, "max_tokens": 11},
+        {"method": "Full", "batch_size": 4, "gradient_checkpointing": True},
+        {"batch_size": 4, "precision": "bf16-true"},
+        {"batch_size": 4, "precision": "bf16-mixed"},
+        {"method": "Full", "batch_size": 4, "precision": "bf16-mixed"},
+    ]
+    results = on_two_ranks([*jobs, *({**job, "strategy": "fsdp"} for job in extra)], tmp_path)
+    alone = [train(**job) for job in common]
+    for result, reference in zip(results[:4], alone, strict=True):
+        assert_alike(result, reference, weights=2e-6, metrics=2e-5)
+    assert_alike(results[4], alone[0], weights=2e-6, metrics=2e-5)
+    assert_alike(results[5], alone[1], weights=2e-6, metrics=2e-5)
+    for result, job in zip(results[6:], extra[2:], strict=True):
+        reference = train(**{**job, "batch_size": 8})
+        for first, second in zip(result["steps"], reference["steps"], strict=True):
+            assert first["loss"] == pytest.approx(second["loss"], rel=2e-2)
+
+
+def test_every_family_on_two_ranks(tmp_path):
+    families = list(FAMILIES)
+    jobs = [{"method": "Full", "family": family, "strategy": "fsdp", "batch_size": 4} for family in families]
+    for family, result in zip(families, on_two_ranks(jobs, tmp_path), strict=True):
+        reference = train(method="Full", family=family)
+        # Large random weights: float32 rounding grows over ten steps.
+        assert_alike(result, reference, weights=1e-4, metrics=1e-3)
 
 
 def test_two_ranks_equal_one(fit_args, tmp_path):
@@ -20,7 +102,7 @@ def test_two_ranks_equal_one(fit_args, tmp_path):
     common = [*fit_args, "--trainer.max_epochs", "2", "--model.lr", "0.01", "--trainer.precision", "64-true"]
     run([*common, "--run", "one", "--data.batch_size", "4"], tmp_path)
     out = run(
-        [*common, "--run", "two", "--data.batch_size", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        [*common, "--config", "trainer/ddp", "--run", "two", "--data.batch_size", "2", "--trainer.devices", "2"],
         tmp_path,
     )
     assert "optimizer steps of 4 examples" in out
@@ -37,3 +119,35 @@ def test_two_ranks_equal_one(fit_args, tmp_path):
             if first[key] or second[key]:
                 assert abs(float(first[key]) - float(second[key])) < 1e-5
     assert (tmp_path / "two/adapter/last/adapter_model.safetensors").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(fit_args, tmp_path):
+    """Stopped sharded and gone on alone, and the other way round: weights, optimizer and adapter."""
+    options = ["--trainer.max_epochs", "2", "--model.lr", "0.01", "--model.schedule", "constant"]
+    one = [*fit_args, *options, "--data.batch_size", "4"]
+    two = [*fit_args, *options, "--config", "trainer/fsdp", "--data.batch_size", "2", "--trainer.devices", "2"]
+    stop, on = ["--trainer.max_steps", "4"], ["--ckpt_path", "last"]
+    run([*one, "--run", "whole"], tmp_path)
+    for name, first, then in (("joined", two, one), ("split", one, two)):
+        run([*first, *stop, "--run", name], tmp_path)
+        out = run([*then, *on, "--run", name], tmp_path)
+        assert "step 5/6" in out
+        assert "step 4/6" not in out
+    checkpoints = {
+        name: torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "joined", "split")
+    }
+    whole = checkpoints.pop("whole")
+    for name, other in checkpoints.items():
+        assert other["state_dict"].keys() == whole["state_dict"].keys()
+        for key, tensor in whole["state_dict"].items():
+            torch.testing.assert_close(other["state_dict"][key], tensor, rtol=0, atol=1e-4)
+        for key, state in whole["optimizer_states"][0]["state"].items():
+            for part, tensor in state.items():
+                torch.testing.assert_close(
+                    other["optimizer_states"][0]["state"][key][part], tensor, rtol=1e-3, atol=1e-5
+                )
+        adapters = [load_file(tmp_path / run_ / "adapter/last/adapter_model.safetensors") for run_ in ("whole", name)]
+        assert adapters[0].keys() == adapters[1].keys()
+        for key, tensor in adapters[0].items():
+            torch.testing.assert_close(adapters[1][key], tensor, rtol=0, atol=1e-4)

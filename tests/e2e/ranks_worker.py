@@ -1,0 +1,98 @@
+"""One rank of a training run on tiny models: `ranks_worker.py JOBS.json RESULTS.pt`; also imported, for a run alone."""
+
+import json
+import logging
+import sys
+import warnings
+
+import lightning as L
+import torch
+
+from ftlit import peft
+from ftlit.data.packing import StepLoader, StepPlanner
+from ftlit.stages import SFT
+from ftlit.testing import tiny_examples, tiny_lm
+
+# 21 examples, eight a step: the last step of each epoch has five, which two ranks share unevenly.
+LENGTHS = (9, 4, 4, 12, 2, 7, 15, 3, 6, 6, 11, 5, 8, 2, 3, 10, 4, 9, 7, 5, 6)
+PEFT = {
+    "LoRA": {"rank": 3},
+    "Full": {},
+    "PrefixTuning": {"num_virtual_tokens": 3},
+    "PromptTuning": {"num_virtual_tokens": 3},
+}
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, **plan):
+        super().__init__()
+        self.examples, self.plan = tiny_examples(LENGTHS), plan
+
+    def planner(self, accumulate=1, world=1):
+        return StepPlanner(self.examples, accumulate=accumulate, world=world, **self.plan)
+
+    def train_dataloader(self):
+        stage, trainer = self.trainer.lightning_module, self.trainer
+        return StepLoader(self.examples, self.planner(stage.accumulate, trainer.world_size), trainer.global_rank)
+
+
+class Record(L.Callback):
+    def __init__(self):
+        self.steps, self.micro = [], []
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        self.steps.append({key: stage.step_metrics[f"train/{key}"] for key in ("loss", "grad_norm", "lr")})
+        self.micro.append(len(batch.micro_batches))
+
+
+def train(
+    strategy="auto", *, method="LoRA", family="llama", batch_size=8, accumulate=1, max_tokens=None, world=1,
+    float64=False, sgd=True, precision=None, steps=10, plugins=None, gradient_checkpointing=False,
+):  # fmt: skip
+    """Ten steps; returns the trained weights (on the first rank), the metrics and the micro-batches of each step."""
+    torch.manual_seed(0)
+    dtype = torch.float64 if float64 else torch.float32
+    lm = tiny_lm(family, dtype)
+    optimizer = (lambda groups: torch.optim.SGD(groups, lr=0.1)) if sgd else None
+    schedule = lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=10)  # noqa: E731
+    stage = SFT(
+        policy=lm, peft=getattr(peft, method)(**PEFT[method]), lr=0.01, warmup=2, optimizer=optimizer,
+        lr_scheduler=schedule if sgd else None, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    record = Record()
+    if strategy == "fsdp":
+        from ftlit.stages.fsdp import FSDP2
+
+        strategy = FSDP2()
+    options = {} if plugins else {"precision": precision or ("64-true" if float64 else "32-true")}
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=steps, max_epochs=-1, gradient_clip_val=0.5,
+        accumulate_grad_batches=accumulate, callbacks=[record], use_distributed_sampler=False, plugins=plugins,
+        **options,
+    )  # fmt: skip
+    trainer.fit(stage, Data(batch_size=batch_size, max_tokens=max_tokens, seed=3))
+    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    weights = trainer.strategy.lightning_module_state_dict()
+    return {
+        "weights": {n: t.clone() for n, t in weights.items() if n in trained},
+        "steps": record.steps,
+        "micro": record.micro,
+    }
+
+
+def quiet():
+    """No banners of Lightning."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    quiet()
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    results = [train(**job) for job in jobs]
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, sys.argv[2])
+    torch.distributed.barrier()

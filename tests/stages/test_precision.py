@@ -1,0 +1,106 @@
+"""Precisions: what is loaded in which type, and steps under half precision and a gradient scaler."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.stages import SFT
+from ftlit.testing import tiny_examples, tiny_lm
+
+from .test_step import LENGTHS, Data, Record
+
+
+def fit(precision=None, *, scale=None, strategy=None, steps=4, batch_size=8, accumulate=1, callbacks=(), lr=0.05):
+    torch.manual_seed(0)
+    stage = SFT(policy=tiny_lm(), peft=strategy or LoRA(rank=3), lr=lr, warmup=0, schedule="constant")
+    record = Record()
+    half = {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))}
+    runner = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=-1,
+        enable_model_summary=False, max_steps=steps, gradient_clip_val=0.5, callbacks=[record, *callbacks],
+        accumulate_grad_batches=accumulate, **(half if scale else {"precision": precision}),
+    )  # fmt: skip
+    runner.fit(stage, Data(tiny_examples(LENGTHS), batch_size=batch_size))
+    return stage, record, runner
+
+
+@pytest.mark.parametrize("make", [LoRA, Full, PrefixTuning])
+@pytest.mark.parametrize(
+    ("precision", "frozen", "trained"),
+    [
+        ("32-true", torch.float32, torch.float32), ("64-true", torch.float64, torch.float64),
+        ("bf16-mixed", torch.bfloat16, torch.float32), ("16-mixed", torch.float16, torch.float32),
+        ("bf16-true", torch.bfloat16, torch.bfloat16), ("16-true", torch.float16, torch.float16),
+    ],
+)  # fmt: skip
+def test_the_precision_decides_the_type_whatever_the_checkpoint_holds(tmp_path, make, precision, frozen, trained):
+    tiny_lm(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    stage = SFT(policy=str(tmp_path), peft=make())
+    stage._trainer = type("Trainer", (), {"precision": precision, "strategy": None, "ckpt_path": None})()
+    stage.configure_model()
+    assert stage.policy.training
+    for parameter in stage.policy.parameters():
+        # Lightning casts the few trained weights too under `-true`; weights that are trained in full stay wide.
+        wide = trained if isinstance(stage.strategy, Full) else torch.promote_types(frozen, torch.float32)
+        assert parameter.dtype == (wide if parameter.requires_grad else frozen)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"scale": 256.0}], ids=str
+)
+@pytest.mark.parametrize("make", [LoRA, Full])
+def test_half_precision_follows_float32(settings, make):
+    _, reference, _ = fit("32-true", strategy=make())
+    _, record, _ = fit(**settings, strategy=make())
+    for ours, theirs in zip(record.steps, reference.steps, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=3e-2)
+        if settings != {"precision": "bf16-true"}:  # there the weights themselves are rounded
+            assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.2)
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"scale": 256.0}], ids=str)
+def test_how_a_step_is_cut_does_not_matter_in_half_precision(settings):
+    """Every micro-batch is differentiated outside of autocast, the last one by Lightning, the others by ftlit."""
+    seen = []
+
+    class Watch(L.Callback):
+        def on_before_backward(self, trainer, stage, loss):
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    _, whole, _ = fit(**settings, steps=1)
+    _, cut, _ = fit(**settings, steps=1, batch_size=2, accumulate=4, callbacks=[Watch()])
+    assert seen == [False] * 4
+    for name, grad in whole.grads[0].items():
+        torch.testing.assert_close(cut.grads[0][name], grad, rtol=5e-2, atol=2e-3)
+
+
+def test_a_scaler_passes_over_steps_that_overflow():
+    """The step is skipped, the scale halved, the run goes on; clipping sees unscaled gradients."""
+    _, record, runner = fit(scale=2.0**40, steps=30)
+    assert runner.global_step == 30
+    norms = [step["train/grad_norm"] for step in record.steps]
+    skipped = sum(not torch.isfinite(torch.tensor(norm)) for norm in norms)
+    assert 5 < skipped < 30
+    assert runner.precision_plugin.scaler.get_scale() == 2.0 ** (40 - skipped)
+    _, plain, _ = fit("32-true", steps=30 - skipped)
+    assert norms[skipped] == pytest.approx(plain.steps[0]["train/grad_norm"], rel=0.1)
+    assert record.steps[-1]["train/loss"] == pytest.approx(plain.steps[-1]["train/loss"], rel=0.1)
+
+
+def test_the_fused_step_is_used_where_it_is_right():
+    _, _, runner = fit("32-true", steps=1)
+    assert runner.optimizers[0].defaults["fused"]
+    _, _, runner = fit(scale=256.0, steps=1)
+    assert not runner.optimizers[0].defaults["fused"]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    class Poison(L.Callback):
+        def on_after_backward(self, trainer, stage):
+            next(p for p in stage.parameters() if p.grad is not None).grad[0] = float("inf")
+
+    torch.manual_seed(0)
+    with pytest.raises(FloatingPointError, match=r"gradient norm of optimizer step 1 is inf .*training example 1"):
+        fit("32-true", callbacks=[Poison()])
