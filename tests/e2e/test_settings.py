@@ -6,7 +6,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from test_run import metrics
+
+from .test_run import metrics
 
 
 def test_max_steps_may_go_beyond_an_epoch(ftlit, fit_args):
