@@ -185,20 +185,26 @@ class CLI(LightningCLI):
             own.append(Progress())
         try:
             return super()._instantiate_trainer(config, [*callbacks, *own])
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            text = " ".join(str(error).split())
+            if "gpu backend" in text:
+                text = "no GPU is found here; --config trainer/cpu trains on the CPU."
+            raise ConfigError(f"trainer: {text}") from error
 
 
 def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
-    """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves."""
+    """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves.
+
+    `last` wants a run that was begun; `auto` begins one where there is none: what a queue that restarts jobs wants.
+    """
     kept = folder / "checkpoints"
     if asked is None and verb != "fit" and ((kept / LAST).exists() or (kept / PREVIOUS).exists()):
         asked = "last"
     if asked is None:
         return None
-    if asked == "last":
+    if asked in ("last", "auto"):
         path = _newest_whole(kept)
-        if path is None and verb == "fit" and (folder / "config.yaml").exists():
+        if path is None and verb == "fit" and (asked == "auto" or folder.is_dir()):
             print(f"weights    {folder} has no checkpoint yet: the run starts from its beginning", flush=True)
             return None
     else:
@@ -291,7 +297,11 @@ def run(args: list[str]) -> int:
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
                 save_config_callback=SaveConfig,
-                parser_kwargs={"exit_on_error": False, **{verb: dict(options) for verb in CLI.subcommands()}},
+                parser_kwargs={
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    **{verb: dict(options) for verb in CLI.subcommands()},
+                },
             )
     except SIGTERMException:
         return exit_status(StopRequest.last)

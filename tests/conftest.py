@@ -1,6 +1,7 @@
 """Settings of all tests: no network, few threads, no state left behind."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -10,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from ftlit.__main__ import main
 from ftlit.testing import tiny_lm, tiny_tokenizer
 
 
@@ -30,3 +32,25 @@ def tiny_model_folder(tmp_path_factory):
     tiny_lm("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def ftlit(tmp_path, monkeypatch, capfd):
+    """Runs the command in a folder of its own; returns its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FTLIT_RUN", raising=False)
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["ftlit"])
+        capfd.readouterr()
+        try:
+            status = main([str(a) for a in args])
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capfd.readouterr()
+        command.out, command.err = out, err
+        return status
+
+    path = list(sys.path)
+    yield command
+    sys.path[:] = path

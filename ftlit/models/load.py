@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from ftlit.errors import ConfigError
 from ftlit.models.fused import fuse
@@ -106,7 +108,13 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (SafetensorError, struct.error, EOFError) as error:
+        raise ConfigError(
+            f"model {name!r} cannot be loaded: its files are torn ({error}); fetch them again."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "backend tokenizer" in str(error):
+            raise ConfigError(f"model {name!r} has no tokenizer files beside its weights; copy them there.") from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model {name!r} cannot be loaded: {first} Give a hub id that can be reached, a folder with config.json, "

@@ -79,7 +79,7 @@ class Stage(L.LightningModule):
 
     def __init__(
         self,
-        policy: str | PreTrainedModel,
+        policy: str | Any,
         peft: PEFTStrategy | None = None,
         lr: float = 2e-4,
         weight_decay: float = 0.0,

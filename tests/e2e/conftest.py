@@ -1,32 +1,6 @@
 import json
-import sys
 
 import pytest
-
-from ftlit.__main__ import main
-from ftlit.cli import RUN_VARIABLE
-
-
-@pytest.fixture
-def ftlit(tmp_path, monkeypatch, capfd):
-    """Runs the command in a folder of its own; returns its exit status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(RUN_VARIABLE, raising=False)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["ftlit"])
-        capfd.readouterr()
-        try:
-            status = main([str(a) for a in args])
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capfd.readouterr()
-        command.out, command.err = out, err
-        return status
-
-    path = list(sys.path)
-    yield command
-    sys.path[:] = path
 
 
 def write_rows(path):

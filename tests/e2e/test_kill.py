@@ -178,7 +178,7 @@ def go_on(command, folder):
     """Starts a run again until it ends; returns the step it went on from."""
     path = folder / "run/checkpoints/last.ckpt"
     step = torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
-    run([*command, "--run", "run", "--ckpt_path", "last"], folder)
+    run([*command, "--run", "run", "--ckpt_path", "auto"], folder)
     return step
 
 
@@ -225,9 +225,7 @@ def test_killed_at_random_moments_again_and_again(command, never_stopped, tmp_pa
     """Six kills from outside, at whatever the run is doing; each time it is simply started again."""
     chance = random.Random(0)
     for _ in range(6):
-        process = start([*command, "--run", "run", "--ckpt_path", "last"], tmp_path)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run/config.yaml").touch()
+        process = start([*command, "--run", "run", "--ckpt_path", "auto"], tmp_path)
         time.sleep(chance.uniform(4, 9))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
