@@ -3,8 +3,8 @@
 `fuse` gives single modules of a transformers model another `forward`, on the instance: names, types and weights stay as
 they are, `unfuse` takes it away. A module is recognised by what it has, and its new forward is compared with its own on
 random numbers first; a module that is not known, or does not agree, is left alone. Each forward looks at what it is
-given at every call and hands anything it does not know (autocast, dropout, adapters of other kinds, hooks, other
-types) to the module's own.
+given at every call and hands anything it does not know (half precision, autocast, dropout, adapters of other kinds,
+hooks) to the module's own.
 
 - The normalisation keeps its input and one number a token.
 - The gated MLP keeps its input and the two products with it; what lies between is computed again in backward.
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ftlit.peft.lora import LoRALinear
 
 _ROTATION = "apply_rotary_pos_emb"
+_FULL = (torch.float32, torch.float64)
 
 
 def fuse(lm: nn.Module) -> dict[str, int]:
@@ -161,7 +162,7 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * x
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = scale.reshape(-1) @ product.view(-1, width)
+            grad_weight = scale.reshape(-1) @ product.reshape(-1, width)
         if ctx.needs_input_grad[0]:
             along = (product @ factor).unsqueeze(-1).mul_(scale.pow(3)).div_(-width)
             # The product is not needed any more: its memory takes the result.
@@ -192,11 +193,15 @@ def _projection(layer: Any) -> tuple[_Projection, float] | None:
     """The tensors of a layer and the factor on its low-rank product; None if more happens in it than we know."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in layer.__dict__:
         return None
-    if type(layer) is nn.Linear or (type(layer) is LoRALinear and not layer.enabled):
-        return _Projection(layer.weight, layer.bias, None, None), 0.0
-    if type(layer) is not LoRALinear or (layer.dropout and layer.training):
+    if type(layer) is LoRALinear:
+        # Conv1D, which the same class adapts, stores its weight the other way round.
+        if getattr(layer, "transposed", False) or (layer.dropout and layer.training):
+            return None
+        if layer.enabled:
+            return _Projection(layer.weight, layer.bias, layer.lora_A, layer.lora_B), layer.scale
+    elif type(layer) is not nn.Linear:
         return None
-    return _Projection(layer.weight, layer.bias, layer.lora_A, layer.lora_B), layer.scale
+    return _Projection(layer.weight, layer.bias, None, None), 0.0
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -253,15 +258,14 @@ class _MLP(_Forward):
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
-        parts = [_projection(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj)]
-        if any(part is None or part[0].weight.dtype != x.dtype for part in parts) or torch.is_autocast_enabled(
-            x.device.type
-        ):
+        layers = [_projection(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj)]
+        known = [layer for layer in layers if layer is not None and layer[0].weight.dtype == x.dtype]
+        # In half precision every pass rounds, and transformers' own has fewer.
+        full = x.dtype in _FULL and not torch.is_autocast_enabled(x.device.type)
+        if len(known) < 3 or not full:
             return self.own(x)
-        known = cast(list[tuple[_Projection, float]], parts)
         tensors = [tensor for projection, _ in known for tensor in projection]
-        scales = tuple(scale for _, scale in known)
-        return _GatedMLP.apply(x, self.activation, scales, *tensors)
+        return _GatedMLP.apply(x, self.activation, tuple(scale for _, scale in known), *tensors)
 
 
 def _project(x: Tensor, projection: _Projection, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -390,7 +394,7 @@ def _rotation(own: Any) -> Any:
     """Ours, and `own` for what it does not know."""
 
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        known = query.dtype == key.dtype == cos.dtype and query.dtype in (torch.float32, torch.float64)
+        known = query.dtype == key.dtype == cos.dtype and query.dtype in _FULL
         if args or kwargs or not known or cos.ndim != 3 or cos.shape[-1] != query.shape[-1]:
             return own(query, key, cos, sin, *args, **kwargs)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

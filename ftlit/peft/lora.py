@@ -257,10 +257,9 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         flat = dropped.reshape(-1, dropped.shape[-1])
-        # The thin matrix goes first in each product: with it second, CPU kernels take twice as long.
-        low = down.to(x.dtype) @ flat.t()  # [r, T]
+        low = flat @ down.to(x.dtype).t()
         out = F.linear(x.reshape(flat.shape), weight, bias)
-        out.addmm_(low.t(), up.to(x.dtype).t(), alpha=scale)
+        out.addmm_(low, up.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(flat, low, weight, down, up)
         ctx.scale, ctx.shape, ctx.same = scale, x.shape, dropped is x
         return out.view(*x.shape[:-1], -1)
@@ -269,9 +268,10 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, down, up = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
+        # The thin matrix goes first in each product: with it second, CPU kernels take twice as long.
         low_t = (up.to(grad.dtype).t() @ grad.t()).mul_(ctx.scale)  # [r, T]
         grad_down = (low_t @ flat).to(down.dtype) if ctx.needs_input_grad[4] else None
-        grad_up = (low @ grad).mul_(ctx.scale).t().to(up.dtype) if ctx.needs_input_grad[5] else None
+        grad_up = (low.t() @ grad).mul_(ctx.scale).t().to(up.dtype) if ctx.needs_input_grad[5] else None
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight

@@ -63,6 +63,17 @@ def test_normalisation(offset):
     assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-5, offset), (x, weight))
 
 
+def test_normalisation_in_any_order_of_memory():
+    """Norms of queries and keys get both, states and gradients, with heads and tokens exchanged."""
+    x, above = (torch.randn(1, 5, 3, 7, dtype=torch.float64).transpose(1, 2) for _ in range(2))
+    x.requires_grad_()
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    turned = torch.autograd.grad(_RMSNorm.apply(x, weight, 1e-5, 0.0), (x, weight), above)
+    straight = torch.autograd.grad(_RMSNorm.apply(x.contiguous(), weight, 1e-5, 0.0), (x, weight), above.contiguous())
+    for a, b in zip(turned, straight, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])  # SiLU, tanh-GELU, SiLU
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_mlp(family, strategy):
@@ -148,9 +159,9 @@ def test_under_autocast():
 
 
 def test_in_bfloat16():
-    ours = loss_and_gradients(policy_of(dtype=torch.bfloat16))[0]
-    theirs = loss_and_gradients(policy_of(dtype=torch.bfloat16, fused=False))[0]
-    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    """Only attention computes otherwise than before, and not even that: half precision takes torch's kernel."""
+    ours = loss_and_gradients(policy_of(dtype=torch.bfloat16))
+    same(ours, loss_and_gradients(policy_of(dtype=torch.bfloat16, fused=False)), 0, 0)
 
 
 def test_less_is_kept_for_backward():

@@ -60,6 +60,22 @@ def test_scores_and_gradients_stay(examples, family):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # gradients of norms are rounded to float32
 
 
+def test_gradients_are_equal_to_the_last_digits_where_norms_do_not_round(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def in_float64(norm, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)
+    lm = lm_of("llama")
+    rests = [[100 + i] + list(range(n)) for i, n in enumerate((5, 9, 70, 3))]
+    batch = pack([example(SYSTEM + rest, len(SYSTEM)) for rest in rests])
+    parameters = list(lm.parameters())
+    ours, plain = (torch.autograd.grad(score_packed(lm, b).logps.sum(), parameters) for b in (shared(batch), batch))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * b.abs().max().item())
+
+
 def test_the_row_that_is_run():
     """A shared stretch once, the last token of every example never: nothing is predicted from it."""
     batch = shared(pack([example([*SYSTEM, 100, 101, 102], 10), example([*SYSTEM, 110, 111], 10)]))
