@@ -11,8 +11,10 @@ would cast the float weights of the targets to the precision of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,18 +26,18 @@ class Example(NamedTuple):
     """One tokenized example.
 
     Attributes:
-        input_ids: Tokens.
+        input_ids: Tokens: a list, or a NumPy array of whole numbers.
         weights: One number a token: how much predicting **this** token counts; 0 is not trained. `weights[0]` is 0,
-            because nothing predicts the first token.
+            because nothing predicts the first token. A list, or a NumPy array.
     """
 
-    input_ids: Sequence[int]
-    weights: Sequence[float]
+    input_ids: Sequence[int] | np.ndarray
+    weights: Sequence[float] | np.ndarray
 
     @property
     def num_targets(self) -> int:
         """Number of trained tokens."""
-        return sum(1 for weight in self.weights if weight)
+        return int(np.count_nonzero(self.weights))
 
 
 class Segments:
@@ -56,7 +58,7 @@ class Segments:
             raise ValueError(f"a segment needs at least one token, got lengths {self.lengths}")
         if len(self.parents) != len(self.lengths) or any(not -1 <= parent < i for i, parent in enumerate(self.parents)):
             raise ValueError(f"each parent must be an earlier segment or -1, got {self.parents}")
-        self.offsets = tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
+        self.offsets = tuple(accumulate(self.lengths[:-1], initial=0)) if self.lengths else ()
         # Attention masks by (queries, keys before them, window): built once a micro-batch, shared by all layers.
         self.masks: dict[tuple[int, int, int | None], Tensor] = {}
         # Plans of the tiled attention on CPUs, likewise.
@@ -163,34 +165,35 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
     Raises:
         ValueError: If the first token of an example has a weight.
     """
-    indices = tuple(range(len(examples)) if indices is None else indices)
-    positions: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    owners: list[int] = []
-    ids: list[int] = []
-    for segment, (example, index) in enumerate(zip(examples, indices, strict=True)):
-        if example.weights[0]:
-            raise ValueError("the first token of an example cannot be trained: nothing predicts it")
-        offset = len(ids)
-        for place, weight in enumerate(example.weights):
-            if weight:
-                positions.append(offset + place - 1)
-                targets.append(int(example.input_ids[place]))
-                weights.append(float(weight) if index >= 0 else 0.0)
-                owners.append(segment)
-        ids.extend(example.input_ids)
+    numbers = tuple(range(len(examples)) if indices is None else (int(index) for index in indices))
+    if len(numbers) != len(examples):
+        raise ValueError(f"each example needs an index, got {len(examples)} examples and {len(numbers)} indices")
+    if any(example.weights[0] for example in examples):
+        raise ValueError("the first token of an example cannot be trained: nothing predicts it")
     lengths = [len(example.input_ids) for example in examples]
+    ids = _joined([example.input_ids for example in examples], np.int64)
+    weights = _joined([example.weights for example in examples], None)
+    if len(weights) != len(ids):
+        raise ValueError(f"each token needs a weight, got {len(ids)} tokens and {len(weights)} weights")
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    (places,) = np.nonzero(weights)
+    real = np.asarray(numbers) >= 0
     return PackedBatch(
-        input_ids=torch.tensor([ids], dtype=torch.long),
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - starts[owners])[None],
         segments=Segments(lengths),
-        target_positions=torch.tensor(positions, dtype=torch.long),
-        target_ids=torch.tensor(targets, dtype=torch.long),
-        target_weights=torch.tensor(weights, dtype=torch.float32),
-        target_segments=torch.tensor(owners, dtype=torch.long),
-        examples=indices,
+        target_positions=torch.from_numpy(places - 1),
+        target_ids=torch.from_numpy(ids[places]),
+        target_weights=torch.from_numpy((weights[places] * real[owners[places]]).astype(np.float32)),
+        target_segments=torch.from_numpy(owners[places]),
+        examples=numbers,
     )
+
+
+def _joined(parts: Sequence[Any], dtype: Any) -> np.ndarray:
+    """Lists or arrays end to end, always as a copy."""
+    return np.concatenate([np.asarray(part, dtype=dtype) for part in parts]).astype(dtype, copy=False)
 
 
 class StepTotals(NamedTuple):

@@ -22,10 +22,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ftlit import callbacks, peft
-from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WritePredictions
+from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
 from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
-from ftlit.cli_errors import explain
+from ftlit.callbacks.wandb import WandB
+from ftlit.cli_errors import explain, rows_given
 from ftlit.data import datamodules, formats
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
@@ -55,7 +56,7 @@ class Trainer(L.Trainer):
         """
         datamodule.use_tokenizer(model.tokenizer)
         datamodule.setup("fit")
-        print("\n".join(datamodule.describe()))
+        print("\n".join(datamodule.report()))
         *marks, meaning = terminal_marks()
         for number in range(min(rows, len(datamodule.sets["train"]))):
             print(f"--- training example {number + 1}, trained tokens {meaning}")
@@ -132,6 +133,8 @@ class CLI(LightningCLI):
             _prepare_wandb(config.trainer, folder)
         else:
             config.trainer.logger = False
+            if "verbose" in config:
+                config.verbose = False  # WriteEvaluation prints the table
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
         if config.trainer.strategy in ("fsdp", "fsdp2"):
@@ -148,6 +151,9 @@ class CLI(LightningCLI):
         if verb == "fit" and rank is not None and not config.run:
             raise ConfigError("several processes were started from outside: give --run, so that all use one folder.")
         folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if config.get("ckpt_path") and not folder.exists():  # the run was moved since its config.yaml was written
+            moved = [Path(str(file)).parent for file in config.get("config") or []]
+            folder = next((place for place in moved if (place / "checkpoints").is_dir()), folder)
         if verb == "fit":
             if rank in (None, "0") and list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path:
                 raise ConfigError(
@@ -166,8 +172,14 @@ class CLI(LightningCLI):
             given = trainer.get("logger")
             loggers = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
             path = self.config_init["fit"].get("ckpt_path")
-            resumed_at = int(read_checkpoint(path)["global_step"]) if path else None
-            kwargs["logger"] = [MetricsCSV(folder, resumed_at), *(one for one in loggers if isinstance(one, Logger))]
+            last = None
+            if path:
+                checkpoint = read_checkpoint(path)
+                last = {"step": checkpoint["global_step"], **checkpoint.get("ftlit", {}).get("step_metrics", {})}
+            for one in loggers:
+                if isinstance(one, WandB):
+                    one.go_on(resumed=path is not None)
+            kwargs["logger"] = [MetricsCSV(folder, last), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -181,7 +193,9 @@ class CLI(LightningCLI):
             own += [Report(), SaveAdapter()]
         elif self.subcommand == "predict":
             own.append(WritePredictions())
-        if self.subcommand == "fit" and config.get("enable_progress_bar") is not False:
+        elif self.subcommand in ("validate", "test"):
+            own.append(WriteEvaluation())
+        if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         try:
             return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -239,7 +253,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
     """Lets a W&B logger write into the run folder, and work offline where no key is set."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
-        if not isinstance(logger, Namespace) or not str(logger.get("class_path")).endswith("WandbLogger"):
+        kind = str(logger.get("class_path")) if isinstance(logger, Namespace) else ""
+        if not kind.endswith((".WandB", "WandbLogger")):
             continue
         settings = logger.init_args
         settings.save_dir = str(folder)
@@ -247,6 +262,8 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists() or "WANDB_MODE" in os.environ
         if not known and not settings.offline:
             settings.offline = True
+            if settings.get("log_model"):  # Lightning's own logger refuses this pair with a traceback
+                raise ConfigError("W&B: log_model needs a key (wandb login); the WandB logger has log_adapter instead.")
             print("W&B: no key is set, so this run is logged offline; upload it later with `wandb sync`.", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -282,7 +299,7 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    args = resolve_all(args)
+    args = resolve_all(rows_given(args))
     _quiet()
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}

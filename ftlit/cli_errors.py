@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -78,6 +80,37 @@ ALWAYS = {
 }
 
 
+def rows_given(args: list[str]) -> list[str]:
+    """Reads `--data.train a b c` as a list, as a shell's `*.jsonl` gives it.
+
+    Args:
+        args: The arguments of a verb.
+
+    Raises:
+        ConfigError: For rows given as `--data`, which takes a class.
+    """
+    read: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        key, equals, value = arg.partition("=")
+        if key == "--data":
+            _refuse_rows(value if equals else "".join(rest[:1]))
+        read.append(arg)
+        if arg == "--data.train":
+            files: list[str] = []
+            while rest and not rest[0].startswith("-"):
+                files.append(rest.pop(0))
+            read += [json.dumps(files)] if len(files) > 1 else files
+    return read
+
+
+def _refuse_rows(value: str) -> None:
+    looks = value.startswith("sample:") or Path(value).suffix not in (".yaml", ".yml", "") or "/" in value
+    if looks and "{" not in value and not re.fullmatch(r"[A-Za-z_][\w.]*\.[A-Z]\w*", value):
+        raise ConfigError(f"--data names a class; give the rows as --data.train {value}.")
+
+
 @contextlib.contextmanager
 def explain(parser_of: Any) -> Iterator[None]:
     """Turns parse errors into a `ConfigError` of one sentence.
@@ -112,6 +145,8 @@ def sentence(message: str, keys: list[str]) -> str:
         return f"a config file is not valid YAML: {' '.join(message.split(':', 1)[1].split())}"
     if found := re.search(r"unrecognized arguments: --?([^\s=]+)", message):
         return _unknown(found[1].rstrip("+"), keys, "option --")
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"{found[1]} belongs to no option; several values are written as --option '[one, two]'."
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], keys, "key ")
     path, owner, base, kinds = [], "", "", ""

@@ -6,10 +6,12 @@ Arguments are parsed with the standard library, so help and mistakes answer befo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ftlit.errors import ConfigError
 
@@ -98,59 +100,109 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def _ask(opened: Opened, options: argparse.Namespace, turns: list[Message], streamer: Any = None) -> str:
+def _turns(opened: Opened, options: argparse.Namespace, turns: Sequence[Message]) -> list[Message]:
+    """Turns with the system turn that was asked for, or that the run was trained with."""
     from ftlit.data.formats import Message
-    from ftlit.data.templating import ChatTemplate
-    from ftlit.rollout.generate import generate
 
     system = opened.system if options.system is None else options.system or None
-    if system is not None:
-        turns = [Message("system", system), *turns]
-    prompt = ChatTemplate(opened.tokenizer).prompt_ids(turns)
-    (answer,) = generate(
+    own = bool(turns) and turns[0].role == "system"
+    return [Message("system", system), *turns] if system is not None and not own else list(turns)
+
+
+def _ask(
+    opened: Opened,
+    options: argparse.Namespace,
+    asked: Sequence[Sequence[Message]],
+    first: int = 0,
+    streamer: Any = None,
+) -> list[str]:
+    """Answers some questions at once; `first` is the number of the first, for the seeds of the samples."""
+    from ftlit.data.templating import ChatTemplate
+    from ftlit.rollout.generate import generate, seed_of
+
+    template = ChatTemplate(opened.tokenizer)
+    if template.is_assumed and not first:
+        print(
+            "this model has no chat template, so the plain one is used (### User: ... ### Assistant: ...)",
+            file=sys.stderr,
+        )
+    answers = generate(
         opened.lm,
         opened.strategy,
         opened.tokenizer,
-        [prompt],
+        [template.prompt_ids(_turns(opened, options, turns)) for turns in asked],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         streamer=streamer,
+        seeds=[seed_of(options.seed, first + number) for number in range(len(asked))],
     )
-    return opened.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return [opened.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+class _Asked(NamedTuple):
+    """A question, as it was given and as turns."""
+
+    given: str | list[dict[str, str]]
+    turns: list[Message]
+
+
+def _questions(options: argparse.Namespace) -> list[_Asked]:
+    """The questions of the command line and of the file."""
+    from ftlit.data.formats import Message
+
+    lines, rows = list(options.prompt), []
+    if options.prompts:
+        path = Path(options.prompts)
+        if path.suffix in (".json", ".jsonl") or options.prompts.startswith("sample:"):
+            from ftlit.data.sources import Source
+
+            source = Source(options.prompts)
+            for index in range(len(source)):
+                turns = list(source.conversation(index).messages)
+                if turns[-1].role == "assistant":
+                    turns = turns[:-1]
+                rows.append(_Asked([turn._asdict() for turn in turns], turns))
+        elif not path.is_file():
+            raise ConfigError(f"--prompts {path} does not exist.")
+        else:
+            try:
+                lines += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except UnicodeDecodeError:
+                raise ConfigError(f"--prompts {path} is not valid UTF-8.") from None
+    return [*(_Asked(line, [Message("user", line)]) for line in lines), *rows]
 
 
 def _generate(args: list[str]) -> int:
     parser = _Parser("ftlit generate", description="Answer prompts with a model, a run or an adapter.")
     _model_arguments(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
-    parser.add_argument("--prompts", help="a file with a question a line")
+    parser.add_argument(
+        "--prompts", help="a file: a question a line, or rows as .json or .jsonl (their last answer is left out)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object a question")
+    parser.add_argument("--output", help="write the JSON objects to this file instead")
+    parser.add_argument("--batch_size", type=_count, default=16, help="questions answered at once (default: 16)")
     _answer_arguments(parser)
     options = parser.parse_args(args)
-    questions = list(options.prompt)
-    if options.prompts:
-        path = Path(options.prompts)
-        if not path.is_file():
-            raise ConfigError(f"--prompts {path} does not exist.")
-        try:
-            questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise ConfigError(f"--prompts {path} is not valid UTF-8.") from None
-    if not questions:
+    if not options.prompt and not options.prompts:
         parser.error("give --prompt TEXT or --prompts FILE")
+    questions = _questions(options)
+    if not questions:
+        raise ConfigError(f"--prompts {options.prompts} holds no question.")
     opened = _open(options)
-    import torch
-
-    from ftlit.data.formats import Message
-
-    torch.manual_seed(options.seed)
-    for question in questions:
-        answer = _ask(opened, options, [Message("user", question)])
-        if options.json:
-            print(json.dumps({"prompt": question, "answer": answer}, ensure_ascii=False), flush=True)
-        else:
-            print(f"> {question}\n{answer}\n", flush=True)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else sys.stdout
+        for first in range(0, len(questions), options.batch_size):
+            part = questions[first : first + options.batch_size]
+            for one, answer in zip(part, _ask(opened, options, [q.turns for q in part], first), strict=True):
+                if options.json or options.output:
+                    line = json.dumps({"prompt": one.given, "answer": answer}, ensure_ascii=False)
+                else:
+                    line = f"> {one.turns[-1].content}\n{answer}\n"
+                print(line, file=file, flush=True)
+    if options.output:
+        print(f"{len(questions)} answers in {options.output}")
     return 0
 
 
@@ -160,12 +212,10 @@ def _chat(args: list[str]) -> int:
     _answer_arguments(parser)
     options = parser.parse_args(args)
     opened = _open(options)
-    import torch
     from transformers import TextStreamer
 
     from ftlit.data.formats import Message
 
-    torch.manual_seed(options.seed)
     print("Talk; /new starts over, /quit or Ctrl-D ends.")
     turns: list[Message] = []
     while True:
@@ -180,7 +230,7 @@ def _chat(args: list[str]) -> int:
         elif question:
             turns.append(Message("user", question))
             streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            turns.append(Message("assistant", _ask(opened, options, turns, streamer)))
+            turns.append(Message("assistant", *_ask(opened, options, [turns], len(turns), streamer)))
 
 
 def _export(args: list[str]) -> int:

@@ -51,7 +51,7 @@ def test_filler_keeps_its_targets_and_weighs_nothing():
 
 def test_examples_are_numbered_from_zero_when_not_said():
     assert pack([A, B]).examples == (0, 1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="each example needs an index"):
         pack([A, B], [0])
 
 

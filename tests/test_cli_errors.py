@@ -89,7 +89,7 @@ def union(key, subtypes, errors, given):
 
 
 NONE = "<class 'NoneType'>"
-LITERAL = "Expected a typing.Literal['cosine', 'linear', 'constant']. Got value: cosin"
+LITERAL = "Expected a typing.Literal['cosine', 'linear', 'constant', 'wsd', 'inverse_sqrt']. Got value: cosin"
 NO_POLICY = (
     'Parser key "model":\n'
     "  Does not validate against any of the Union subtypes\n"
@@ -167,7 +167,7 @@ SENTENCES = {
     ),
     "literal": (
         in_model(f'Parser key "schedule":\n  {LITERAL}', "key='schedule', val='cosin'"),
-        "model.schedule must be one of 'cosine', 'linear', 'constant', got 'cosin'.",
+        "model.schedule must be one of 'cosine', 'linear', 'constant', 'wsd', 'inverse_sqrt', got 'cosin'.",
     ),
     "number-of-trainer": (
         "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: x",

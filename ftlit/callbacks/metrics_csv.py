@@ -20,13 +20,15 @@ class MetricsCSV(Logger):
 
     Args:
         folder: The run folder.
-        resumed_at: The optimizer step of the checkpoint that the run goes on from; None for a new run.
+        last: The row of the optimizer step that the run goes on from, with its `step`: a run that was killed right
+            after it saved had not logged it yet. None for a new run.
     """
 
-    def __init__(self, folder: str | Path, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: str | Path, last: dict[str, float] | None = None) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.resumed_at = resumed_at
+        self.last = last
+        self.resumed_at = None if last is None else int(last["step"])
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         self._ready = False
@@ -88,6 +90,11 @@ class MetricsCSV(Logger):
             # A killed run may have torn its last row.
             whole = [row for row in old if str(row.get("step")).isdigit() and None not in row]
             self.rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) <= self.resumed_at]
+        if self.last is not None and len(self.last) > 1:
+            if not self.rows or self.rows[-1]["step"] != self.resumed_at:
+                self.rows.append({"step": self.resumed_at})
+            self.rows[-1] = {**{key: float(value) for key, value in self.last.items()}, **self.rows[-1]}
+            self.columns += [key for key in self.last if key not in self.columns]
         self._write_all()
 
     def _write_all(self) -> None:

@@ -28,7 +28,7 @@ class WritePredictions(BasePredictionWriter):
             for (conversation, _), answer in zip(
                 data.prompts, answers, strict=False
             ):  # fewer answers with limit_predict_batches
-                turns = [message._asdict() for message in conversation.messages]
+                turns = [message.turn() for message in conversation.messages]
                 turns.append({"role": "assistant", "content": answer})
                 file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
         print(f"{len(answers)} answers in {path}")

@@ -54,6 +54,31 @@ class Progress(ProgressBar):
         )
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and step < total else "\n", flush=True)
 
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Counts the batches of `ftlit validate`."""
+        if trainer.state.fn == "validate":
+            self._count("validated", batch_idx, trainer.num_val_batches[dataloader_idx])
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Counts the batches of `ftlit test`."""
+        self._count("tested", batch_idx, trainer.num_test_batches[dataloader_idx])
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Counts the batches of `ftlit predict`."""
+        self._count("answered", batch_idx, trainer.num_predict_batches[dataloader_idx])
+
+    def _count(self, done: str, batch_idx: int, total: float) -> None:
+        """A line that moves, on a terminal only, and goes away."""
+        if self._on and sys.stdout.isatty():
+            line = f"{done} {batch_idx + 1}/{int(total)} batches" if batch_idx + 1 < total else ""
+            print(f"\r{line}\x1b[K", end="", flush=True)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Shows what validation found."""
         if not self._on or trainer.state.fn != "fit":

@@ -1,19 +1,24 @@
-"""What a run says of itself: a summary at its start, one at its end, `summary.json`, and the loss curve."""
+"""What a run says of itself: a summary at its start, one at its end, `summary.json`, and the curves."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 
+from ftlit.callbacks.generation_eval import GenerationEval
+from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
+from ftlit.files import write_text
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -24,13 +29,26 @@ if TYPE_CHECKING:
 # Floats a token and layer that backward needs, in multiples of the model's width; measured on Llama-like models.
 _KEPT_FULL, _KEPT_FROZEN = 19.4, 17.5
 
+# What the table at the end shows, and what it is measured in.
+_SHOWN = {
+    "loss": "nats a trained token",
+    "exact_match": "share",
+    "f1": "mean",
+    "rouge_l": "mean",
+    "verifier": "mean score",
+    "length": "tokens",
+    "end_rate": "share that ended by itself",
+}
+_DRAWN = ("exact_match", "f1", "rouge_l", "verifier")
+_MARKS = "os^Dvp*"
+
 
 class Report(L.Callback):
     """Prints the summaries and writes `summary.json` and `loss.png` into the run folder."""
 
     def __init__(self) -> None:
         self._began = 0.0
-        self._first = 0
+        self._first: int | None = None
         self._tokens = self._targets = 0
         self._busy = self._earlier = 0.0
 
@@ -48,7 +66,8 @@ class Report(L.Callback):
     # ---- the start ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
-        """Prints model, strategy, memory, data and one example."""
+        """Starts the clock; prints model, strategy, memory, data and one example."""
+        self._began = time.perf_counter()
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule
@@ -74,8 +93,8 @@ class Report(L.Callback):
         print("\n".join(lines), flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
-        self._began, self._first = time.perf_counter(), trainer.global_step
+        """Notes where the run goes on."""
+        self._first = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Starts the clock of the step."""
@@ -90,52 +109,64 @@ class Report(L.Callback):
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
-        """Prints and writes the summary and draws the curve."""
+        """Prints and writes the summary and draws the curves."""
+        memory = memory_of_ranks(trainer)
         if not trainer.is_global_zero:
             return
-        if not self._began or trainer.global_step == self._first:
+        if self._first in (None, trainer.global_step):
             print(f"nothing was left to train: the run already has its {trainer.global_step} steps", flush=True)
             return
         folder = Path(trainer.default_root_dir)
-        assert pl_module.policy is not None
-        trained, changed, total = count(pl_module.policy.lm, pl_module.strategy)
-        start, end = pl_module.start_metrics, pl_module.last_metrics
-        summary = {
-            "model": pl_module.name_of_policy,
-            "strategy": type(pl_module.strategy).__name__,
+        steps = trainer.global_step - (self._first or 0)
+        summary = self._summary(trainer, pl_module, memory)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_summary"):
+                logger.log_summary(summary)
+            logger.save()
+        together = f" a rank, {sum(memory) / 1e9:.1f} GB together" if len(memory) > 1 else ""
+        lines = [
+            f"trained    {steps} steps in {summary['seconds']:.0f} s: "
+            f"{summary['tokens_per_s']:.0f} tokens/s, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
+            f"peak memory {max(memory) / 1e9:.1f} GB{together}"
+        ]
+        if summary["generation_seconds"]:
+            share = summary["generation_seconds"] / summary["seconds"]
+            lines.append(f"generation {summary['generation_seconds']:.0f} s, {share:.0%} of the run")
+        lines += before_and_after(summary["start"], summary["end"])
+        curve = draw(folder)
+        lines.append(f"kept in    {folder}: {', '.join(_left_in(folder, curve))}")
+        print("\n".join(lines), flush=True)
+
+    def _summary(self, trainer: L.Trainer, stage: Stage, memory: list[int]) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        assert stage.policy is not None
+        trained, changed, total = count(stage.policy.lm, stage.strategy)
+        evals = [callback for callback in trainer.callbacks if isinstance(callback, GenerationEval)]
+        start, end = dict(stage.start_metrics), dict(stage.last_metrics)
+        for one in evals:
+            start |= one.start_values
+            end |= one.last_values
+        return {
+            "model": stage.name_of_policy,
+            "strategy": type(stage.strategy).__name__,
             "trained_parameters": trained,
             "changed_parameters": changed,
             "total_parameters": total,
             "optimizer_steps": trainer.global_step,
             "seconds": self._earlier + time.perf_counter() - self._began,
             "seconds_in_steps": self._busy,
+            "generation_seconds": sum(one.seconds for one in evals),
             "tokens": self._tokens,
             "trained_tokens": self._targets,
             "tokens_per_s": self._tokens / self._busy if self._busy else 0.0,
             "trained_tokens_per_s": self._targets / self._busy if self._busy else 0.0,
-            "peak_memory_bytes": peak_memory(),
-            "start": start,
-            "end": end,
-            "last_step": pl_module.step_metrics,
+            "peak_memory_bytes": max(memory),
+            "peak_memory_bytes_of_ranks": memory,
+            "start": finite(start),
+            "end": finite(end),
+            "last_step": finite(stage.step_metrics),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        lines = [
-            f"trained    {trainer.global_step - self._first} steps in {summary['seconds']:.0f} s: "
-            f"{summary['tokens_per_s']:.0f} tokens/s, {summary['trained_tokens_per_s']:.0f} trained tokens/s, "
-            f"peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB"
-        ]
-        for key, value in {**dict.fromkeys(start, None), **end}.items():
-            if key.endswith("loss") and value is None:
-                lines.append(f"{key:<10} {start[key]:.4f} before training, not measured afterwards")
-            elif key.endswith("loss"):
-                before = f"{start[key]:.4f} -> " if key in start else ""
-                lines.append(f"{key:<10} {before}{value:.4f} nats a trained token")
-        for logger in trainer.loggers:
-            logger.save()
-        curve = draw(folder)
-        lines.append(f"kept in    {folder}: summary.json, metrics.csv{', ' + curve.name if curve else ''}, checkpoints")
-        print("\n".join(lines), flush=True)
 
 
 def count(lm: PreTrainedModel, strategy: PEFTStrategy) -> tuple[int, int, int]:
@@ -168,37 +199,109 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_of_ranks(trainer: L.Trainer) -> list[int]:
+    """`peak_memory` of every rank; every rank has to ask."""
+    peak = peak_memory()
+    if trainer.world_size == 1:
+        return [peak]
+    peaks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(peaks, peak)
+    return peaks
+
+
+def before_and_after(start: dict[str, float | None], end: dict[str, float | None]) -> list[str]:
+    """A table of what was measured before and after training: the losses and the main scores of the answers."""
+    keys = [key for key in dict.fromkeys([*start, *end]) if key.rsplit("/", 1)[-1] in _SHOWN]
+    rows = [("", "before", "after", "")]
+    for key in sorted(keys, key=lambda key: key.startswith("gen/")):
+        note = _SHOWN[key.rsplit("/", 1)[-1]]
+        if end.get(f"{key}_low") is not None:
+            low, high = end[f"{key}_low"], end[f"{key}_high"]
+            note = f"95 % interval {number(low)} to {number(high)} afterwards"
+        rows.append((key, number(start.get(key)), number(end.get(key)), note))
+    if len(rows) == 1:
+        return []
+    first = max(10, *(len(row[0]) for row in rows))
+    return [f"{key:<{first}} {before:>10} {after:>10}  {note}".rstrip() for key, before, after, note in rows]
+
+
 def draw(folder: Path) -> Path | None:
-    """Draws `loss.png` from `metrics.csv`; None without one."""
-    table = folder / "metrics.csv"
-    if not table.exists():
+    """Draws `loss.png` from `metrics.csv`: the losses, and below them the scores of answers; None without losses."""
+    series = curves(folder / "metrics.csv")
+    losses = {key: points for key, points in series.items() if key.endswith("loss")}
+    scores = {key: points for key, points in series.items() if key.startswith("gen/") and key.endswith(_DRAWN)}
+    if not losses:
         return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    series: dict[str, list[tuple[int, float]]] = {}
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for key, value in row.items():
-                if key.endswith("loss") and value:
-                    series.setdefault(key, []).append((int(row["step"]), float(value)))
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for key, points in sorted(series.items()):
-        quiet = key == "train/loss"
-        axes.plot(*zip(*points, strict=True), label=key, marker=None if quiet else "o", lw=1 if quiet else 2, ms=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats a trained token)")
-    axes.set_title(folder.name)
-    axes.grid(alpha=0.3)
-    if series:
-        axes.legend()
+    panels = 2 if scores else 1
+    figure, axes = plt.subplots(panels, 1, figsize=(8, 4.5 * panels), dpi=120, sharex=True, squeeze=False)
+    _losses(axes[0, 0], losses)
+    axes[0, 0].set_title(folder.absolute().name)
+    if scores:
+        for key, points in scores.items():
+            (line,) = axes[1, 0].plot(*zip(*points, strict=True), marker="o", ms=4, label=key)
+            ends = [dict(series.get(f"{key}_{end}", [])) for end in ("low", "high")]
+            steps = [step for step, _ in points if step in ends[0] and step in ends[1]]
+            if steps:
+                low, high = ([end[step] for step in steps] for end in ends)
+                axes[1, 0].fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        axes[1, 0].set_ylabel("score of the answers")
+        axes[1, 0].grid(alpha=0.3)
+        axes[1, 0].legend()
+    axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     path = folder / "loss.png"
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _losses(axes: Any, losses: dict[str, list[tuple[int, float]]]) -> None:
+    """The training loss thin and grey, with a moving mean where it is long; a colour and a mark each validation set."""
+    for key, points in losses.items():
+        steps, values = zip(*points, strict=True)
+        if key != "train/loss":
+            mark = _MARKS[[name for name in losses if name != "train/loss"].index(key) % len(_MARKS)]
+            axes.plot(steps, values, marker=mark, lw=2, ms=5, label=key, zorder=3)
+            continue
+        long = len(values) > 50
+        axes.plot(
+            steps, values, color="0.75" if long else "0.45", lw=1, label=key, marker="." if len(values) < 3 else None
+        )
+        if long:
+            axes.plot(steps, moving_mean(values, len(values) // 25), color="0.35", lw=1.5, label="train/loss, smoothed")
+    axes.set_ylabel("loss (nats a trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the up to `window - 1` before it."""
+    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
+
+
+def curves(table: Path) -> dict[str, list[tuple[int, float]]]:
+    """Finite values of each metric by optimizer step, the training loss first and then as they came."""
+    series: dict[str, list[tuple[int, float]]] = {"train/loss": []}
+    if table.exists():
+        with table.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for key, value in row.items():
+                    if key != "step" and value and math.isfinite(float(value)):
+                        series.setdefault(key, []).append((int(row["step"]), float(value)))
+    return {key: points for key, points in series.items() if points}
+
+
+def _left_in(folder: Path, curve: Path | None) -> list[str]:
+    """What a run left behind, as it is."""
+    names = ["summary.json", "metrics.csv", *([curve.name] if curve else [])]
+    names += sorted(path.name for path in folder.glob("samples*.jsonl"))
+    return [*names, *(f"{name}/" for name in ("checkpoints", "adapter") if (folder / name).exists())]
 
 
 def _dtype(lm: PreTrainedModel) -> str:

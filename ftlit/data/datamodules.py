@@ -1,111 +1,121 @@
-"""From files to loaders: rows are read, rendered, tokenized, split, counted and planned."""
+"""From sources to loaders: the rows of a run are tokenized, split, cut, counted and planned."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ftlit.batch import Example
-from ftlit.data.formats import Conversation, RowFormat
+from ftlit.data.formats import Conversation, Message, Record, RowFormat, Text
+from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.sources import Source, fill, refuse_placeholders, with_system
-from ftlit.data.templating import ChatTemplate, mark
-from ftlit.errors import ConfigError, DataError
+from ftlit.data.statistics import CUT, EMPTY, LONG, Statistics, also_in, duplicates, table
+from ftlit.data.store import Joined, Truncate, check_truncate
+from ftlit.data.templating import ChatTemplate, TrainOn, mark
+from ftlit.data.tokenizing import Tokenized, tokenize
+from ftlit.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAIN = "main"
-
-
-class Statistics:
-    """Counts of one set of rows: nothing is lost and nothing skipped without being counted here."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.rows = 0
-        self.examples = 0
-        self.split_rows = 0
-        self.truncated = 0
-        self.dropped = 0
-        self.tokens = 0
-        self.targets = 0
-        self.longest = 0
-
-    def line(self) -> str:
-        """The counts in one line."""
-        notes = [f"{self.rows:,} rows"]
-        if self.split_rows:
-            notes.append(f"{self.split_rows:,} of them split by answer")
-        if self.dropped:
-            notes.append(f"{self.dropped:,} dropped (nothing left to train on after cutting)")
-        if self.truncated:
-            notes.append(f"{self.truncated:,} cut to max_length")
-        share = self.targets / max(1, self.tokens)
-        return (
-            f"{self.name}: {', '.join(notes)}; {self.tokens:,} tokens, {self.targets:,} trained ({share:.0%}), "
-            f"longest {self.longest:,}"
-        )
+# Sentences of skipped rows that are printed before they are only counted.
+_LISTED = 5
 
 
 class SFTData(L.LightningDataModule):
-    """Conversations for supervised fine-tuning.
+    """Rows for supervised fine-tuning.
 
     Args:
-        train: Rows to train on: a `.json` or `.jsonl` file, several, or `sample:NAME` for rows that ship with ftlit.
+        train: Rows to train on: a file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .md; text also with .gz), a
+            folder of such files, a folder of `save_to_disk` (`folder:split`), a hub id (`org/name:split`), or
+            `sample:NAME` for rows that ship with ftlit; several as a list; or several with weights, such as
+            `{math.jsonl: 3, chat.jsonl: 1}`, which gives math three quarters of the trained tokens.
         validation: Held-out rows: a share of the training rows such as 0.1, a file, or several by name, such as
             `{main: 0.1, general: sample:general}` (logged as `val/loss` and `val/general/loss`).
         test: Rows for `ftlit test`.
-        predict: Rows for `ftlit predict`; the last answer of each is left out and generated.
-        format: How to read a row; chosen from the columns when left out.
+        predict: Rows for `ftlit predict`; the last answer of each is left out and generated. It may be missing.
+        format: How to read a row (Messages, ShareGPT, Alpaca, PromptCompletion, RawText or a class of your own);
+            chosen from the columns when left out.
+        columns: Where columns have other names: the format's name to the file's, such as
+            `{instruction: question, output: answer}`; null leaves a column out.
         fill: Values for placeholders: `{name: Nova}` replaces `{{name}}` in every message.
         system: System turn for conversations that have none. Left out, the model's chat template decides, and some
             templates put in one of their own.
-        chat_template: Jinja template (text or file) to use instead of the tokenizer's.
-        max_length: Most tokens of an example; longer ones are cut at the end and counted.
+        chat_template: Jinja template (text or file) to use instead of the tokenizer's, or `plain` for the one that
+            models without a template get.
+        train_on: Tokens that are trained: those of every `assistant` turn, of the `last` one, or `all`.
+        max_length: Most tokens of an example; longer ones are cut and counted, raw text goes on in a further window.
+        truncate: What is cut from a longer example: its `end`, its `start`, or all of it (`drop`).
         batch_size: Examples in a micro-batch. An optimizer step holds
             `batch_size x trainer.accumulate_grad_batches x ranks` examples.
         max_tokens: Most tokens in a micro-batch: bounds memory, changes no result. None: no bound.
+        epoch_tokens: Trained tokens of an epoch where `train` has weights; left out, an epoch is as long as it takes
+            to see every row at least once.
         shuffle: Whether each epoch has an order of its own.
         seed: Seed of the split and of the orders.
+        on_bad_row: Whether a row that cannot be read is an `error`, or is listed, counted and left out (`skip`).
+        num_workers: Processes that tokenize; left out, one a core where there is much text.
+        cache: Whether tokens are kept on disk (`$FTLIT_CACHE` or `~/.cache/ftlit`) for the next run.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a setting is out of range.
     """
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
+        train: str | list[str] | dict[str, float] | None = None,
         validation: float | str | dict[str, float | str] | None = None,
         test: str | None = None,
         predict: str | None = None,
         format: RowFormat | None = None,  # noqa: A002 - the natural name in YAML
+        columns: dict[str, str | None] | None = None,
         fill: dict[str, str] | None = None,
         system: str | None = None,
         chat_template: str | None = None,
+        train_on: TrainOn = "assistant",
         max_length: int = 1024,
+        truncate: Truncate = "end",
         batch_size: int = 8,
         max_tokens: int | None = 4096,
+        epoch_tokens: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        num_workers: int | None = None,
+        cache: bool = True,
     ) -> None:
         super().__init__()
         self.files = [train] if isinstance(train, str) else list(train or [])
+        self.weights = list(train.values()) if isinstance(train, dict) else None
         if validation is None:
             validation = {}
         self.validation = validation if isinstance(validation, dict) else {MAIN: validation}
         self.test_file, self.predict_file = test, predict
-        self.row_format, self.fill, self.system, self.chat_template = format, fill or {}, system, chat_template
-        self.max_length, self.batch_size, self.max_tokens = max_length, batch_size, max_tokens
+        self.row_format, self.columns, self.fill, self.system = format, columns or {}, fill or {}, system
+        self.chat_template, self.train_on = chat_template, train_on
+        self.max_length, self.truncate = max_length, truncate
+        self.batch_size, self.max_tokens, self.epoch_tokens = batch_size, max_tokens, epoch_tokens
         self.shuffle, self.seed = shuffle, seed
+        self.on_bad_row, self.num_workers, self.cache = on_bad_row, num_workers, cache
         self.statistics: list[Statistics] = []
-        self.sets: dict[str, list[Example]] = {}
+        self.sources: dict[str, list[Statistics]] = {}
+        self.sets: dict[str, Sequence[Example]] = {}
         self.prompts: list[tuple[Conversation, list[int]]] = []
+        self.mixture: Mixture | None = None
         self._template: ChatTemplate | None = None
+        self._digests: dict[str, np.ndarray] = {}
+        self._train_sources: list[Source] = []
+        self._said: set[str] = set()
+        self._fingerprint = ""
         self._check()
 
     def _check(self) -> None:
@@ -113,6 +123,8 @@ class SFTData(L.LightningDataModule):
             ("max_length", self.max_length, 2, "tokens"),
             ("batch_size", self.batch_size, 1, "examples"),
             ("max_tokens", self.max_tokens, 1, "tokens"),
+            ("epoch_tokens", self.epoch_tokens, 1, "trained tokens"),
+            ("num_workers", self.num_workers, 0, "processes"),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"data.{name} must be at least {least} {unit}, got {value}.")
@@ -123,6 +135,16 @@ class SFTData(L.LightningDataModule):
             raise ConfigError(
                 "data.validation can take only one share of the training rows; give files for the others."
             )
+        for file, weight in zip(self.files, self.weights or [], strict=False):
+            if isinstance(weight, bool) or not 0 < weight < float("inf"):
+                raise ConfigError(f"data.train: the weight of {file} must be a positive number, got {weight}.")
+        if self.epoch_tokens is not None and self.weights is None:
+            raise ConfigError("data.epoch_tokens goes with weights in data.train, such as {a.jsonl: 3, b.jsonl: 1}.")
+        if self.train_on not in ("assistant", "last", "all"):
+            raise ConfigError(f"data.train_on must be assistant, last or all, got {self.train_on!r}.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise ConfigError(f"data.on_bad_row must be error or skip, got {self.on_bad_row!r}.")
+        check_truncate(self.truncate)
 
     # ---- what Lightning calls -------------------------------------------------------------------------------------
 
@@ -133,7 +155,7 @@ class SFTData(L.LightningDataModule):
                 self.load_train()
             self.load_validation()
         elif stage == "test" and "test" not in self.sets:
-            self.sets["test"] = self._encode("test", self._rows("test", self.test_file))
+            self._load("test", "test", self._tokenized("test", [self.test_file]))
         elif stage == "predict" and not self.prompts:
             self._load_prompts()
 
@@ -157,6 +179,7 @@ class SFTData(L.LightningDataModule):
             max_tokens=self.max_tokens,
             shuffle=self.shuffle,
             seed=self.seed,
+            mixture=self.mixture,
         )
 
     def val_dataloader(self) -> list[EvalLoader]:
@@ -200,7 +223,7 @@ class SFTData(L.LightningDataModule):
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Gives the tokenizer by hand, where there is no trainer."""
-        self._template = ChatTemplate(tokenizer, self.chat_template)
+        self._template = ChatTemplate(tokenizer, self.chat_template, self.train_on)
 
     def load_train(self) -> None:
         """Reads and tokenizes the training rows, less the share that validation takes.
@@ -211,90 +234,278 @@ class SFTData(L.LightningDataModule):
         if "train" in self.sets:
             return
         if not self.files:
-            raise ConfigError("data.train is missing: give a .json or .jsonl file, or sample:identity.")
-        rows = [row for file in self.files for row in self._rows("train", file)]
+            raise ConfigError("data.train is missing: give a file, a folder, a hub id, or sample:identity.")
+        made = self._tokenized("train", self.files)
+        keep = [_readable(one) for one in made]
         for name, share in self.validation.items():
             if not isinstance(share, str):
-                rows, held_out = self._split(rows, float(share))
-                self.sets[f"validation:{name}"] = self._encode(f"validation ({name})", held_out)
-        self.sets["train"] = self._encode("train", rows)
+                held_out = self._held_out(keep, float(share))
+                self._load(f"validation:{name}", f"validation ({name})", made, held_out)
+                keep = [rows & ~taken for rows, taken in zip(keep, held_out, strict=True)]
+        joined = self._load("train", "train", made, keep, refused=True)
+        self._train_sources = [one.source for one in made]
+        if self.weights is not None:
+            self._mix(joined)
 
     def load_validation(self) -> None:
         """Reads and tokenizes the validation files."""
         for name, file in self.validation.items():
             if isinstance(file, str) and f"validation:{name}" not in self.sets:
-                label = f"validation ({name})"
-                self.sets[f"validation:{name}"] = self._encode(label, self._rows(label, file))
+                made = self._tokenized("validation", [file])
+                self._load(f"validation:{name}", f"validation ({name})", made)
+        if "train" not in self._digests:
+            return
+        for counts in self.statistics:
+            key = counts.name.replace("validation (", "validation:").removesuffix(")")
+            if key != "train" and key in self._digests:
+                counts.in_train = also_in(self._digests[key], self._digests["train"])
+
+    def _mix(self, joined: Joined) -> None:
+        assert self.weights is not None
+        for counts in self.sources["train"]:
+            if not counts.examples:
+                raise DataError(f"data.train: {counts.name} has nothing left to train on; leave it out.")
+        self.mixture = Mixture(
+            [part.measures().targets for part in joined.parts],
+            self.weights,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            epoch_tokens=self.epoch_tokens,
+        )
+
+    def _tokenized(self, what: str, files: Sequence[str | None]) -> list[Tokenized]:
+        return [self._tokenize(source) for source in self._open(what, files)]
+
+    def _tokenize(self, source: Source) -> Tokenized:
+        made = tokenize(
+            source,
+            self.template,
+            lambda record: self._changed(source, record),
+            skip=self.on_bad_row == "skip",
+            workers=self.num_workers,
+            cache=self.cache,
+            quiet=bool(self._ranks()[1]),
+        )
+        if made.uses_template and self.template.is_assumed:
+            self._say(
+                "this model's tokenizer has no chat template, so the plain one is used (### User: ... ### Assistant: "
+                "...); data.chat_template gives another."
+            )
+        self._list(source, list(made.refused.values()))
+        return made
+
+    def _open(self, what: str, files: Sequence[str | None]) -> list[Source]:
+        """Opens the sources of a set; of several, each may need only some of `data.columns`."""
+        prefer = "test" if what == "predict" else what
+        sources = []
+        for file in files:
+            if file is None:
+                raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
+            sources.append(Source(file, self.row_format, self.columns, prefer, answers=what != "predict"))
+            for note in sources[-1].notes:
+                self._say(note)
+        found = {column for source in sources for table in source.tables for column in table.columns}
+        for name, column in self.columns.items():
+            if what != "validation" and column is not None and column not in found:
+                raise DataError(
+                    f"data.columns gives {column!r} for {name!r}, but no file of data.{what} has such a column: "
+                    f"{nearest(column, found)}"
+                )
+        return sources
+
+    def _changed(self, source: Source, record: Record) -> Record:
+        record = fill(with_system(record, self.system), self.fill)
+        if source.is_sample:
+            refuse_placeholders(record)
+        return record
 
     def _load_prompts(self) -> None:
-        for source, index, conversation in self._rows("predict", self.predict_file):
-            messages = conversation.messages
-            if messages[-1].role == "assistant":
-                messages = messages[:-1]
-            with source.at(index):
-                self.prompts.append((Conversation(messages), self.template.prompt_ids(messages)))
+        (source,) = self._open("predict", [self.predict_file])
+        refused = []
+        for row in range(len(source)):
+            try:
+                record = source.record(row)
+                with source.at(row):
+                    record = self._changed(source, record)
+                    self.prompts.append((_as_conversation(record), self.template.prompt_of(record)))
+            except DataError as error:
+                if self.on_bad_row == "error":
+                    raise
+                refused.append(str(error))
+        self._list(source, refused)
+        if not self.prompts:
+            raise DataError(f"predict: none of {len(source)} rows can be read.")
 
-    def _rows(self, what: str, file: str | None) -> list[tuple[Source, int, Conversation]]:
-        if file is None:
-            raise ConfigError(f"data.{what} is missing: give a .json or .jsonl file.")
-        source = Source(file, self.row_format)
-        rows = []
-        for index in range(len(source)):
-            conversation = fill(with_system(source.conversation(index), self.system), self.fill)
-            if source.is_sample:
-                with source.at(index):
-                    refuse_placeholders(conversation)
-            rows.append((source, index, conversation))
-        return rows
+    def _list(self, source: Source, sentences: list[str]) -> None:
+        """Says which rows are skipped."""
+        if not sentences:
+            return
+        lines = [f"{source.name}: {len(sentences):,} of {len(source):,} rows cannot be read and are skipped:"]
+        lines += [f"  {sentence}" for sentence in sentences[:_LISTED]]
+        if len(sentences) > _LISTED:
+            lines.append(f"  and {len(sentences) - _LISTED:,} more")
+        self._say("\n".join(lines))
 
-    def _split(self, rows: list[Any], share: float) -> tuple[list[Any], list[Any]]:
-        held_out = max(1, round(share * len(rows)))
-        if held_out >= len(rows):
-            raise DataError(f"data.validation takes {held_out} of {len(rows)} rows and leaves none to train on.")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        taken = set(order[:held_out])
-        return [r for i, r in enumerate(rows) if i not in taken], [r for i, r in enumerate(rows) if i in taken]
+    def _say(self, text: str) -> None:
+        if self._ranks()[1] == 0 and text not in self._said:
+            self._said.add(text)
+            print(text, flush=True)
 
-    def _encode(self, name: str, rows: Sequence[tuple[Source, int, Conversation]]) -> list[Example]:
-        counts = Statistics(name)
-        examples = []
-        for source, index, conversation in rows:
-            with source.at(index):
-                made = self.template.encode(conversation)
-            counts.rows += 1
-            counts.split_rows += len(made) > 1
-            for example in made:
-                if len(example.input_ids) > self.max_length:
-                    counts.truncated += 1
-                    example = Example(example.input_ids[: self.max_length], example.weights[: self.max_length])
-                if not example.num_targets:
-                    counts.dropped += 1
-                    continue
-                counts.tokens += len(example.input_ids)
-                counts.targets += example.num_targets
-                counts.longest = max(counts.longest, len(example.input_ids))
-                examples.append(example)
-        counts.examples = len(examples)
-        self.statistics.append(counts)
-        if not examples:
+    def _held_out(self, readable: list[np.ndarray], share: float) -> list[np.ndarray]:
+        """For each source the rows that validation takes."""
+        (rows,) = np.nonzero(np.concatenate(readable))
+        count = max(1, round(share * len(rows)))
+        if count >= len(rows):
+            raise DataError(f"data.validation takes {count} of {len(rows)} rows and leaves none to train on.")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).numpy()
+        taken = np.zeros(sum(len(part) for part in readable), bool)
+        taken[rows[order[:count]]] = True
+        return np.split(taken, np.cumsum([len(part) for part in readable])[:-1])
+
+    def _load(
+        self,
+        key: str,
+        label: str,
+        made: Sequence[Tokenized],
+        rows: Sequence[np.ndarray] | None = None,
+        *,
+        refused: bool = False,
+    ) -> Joined:
+        """Makes a set of the chosen rows of some sources, and counts it."""
+        chosen = [_readable(one) for one in made] if rows is None else list(rows)
+        parts, each = [], []
+        for name, one, taken in zip(_short([one.source.name for one in made]), made, chosen, strict=True):
+            counts = Statistics(name)
+            counts.refused = len(one.refused) if refused or rows is None else 0
+            counts.rows = int(taken.sum()) + counts.refused
+            counts.unread = one.source.unread()
+            counts.drop(EMPTY, int((taken & (one.split == 0)).sum()))
+            examples = one.examples.take(taken[one.examples.rows])
+            documents = len(np.unique(examples.rows[examples.windowed]))
+            counts.split_rows = int((taken & (one.split > 1)).sum())
+            cut, over = examples.cut(self.max_length, self.truncate)
+            if self.truncate == "drop":
+                counts.drop(LONG, int(over.sum()))
+            else:
+                counts.truncated = int(over.sum())
+            windows = int(cut.windowed.sum())
+            if windows > documents:
+                counts.windowed_rows, counts.windows = documents, windows
+            trained = cut.measures().targets > 0
+            counts.drop(CUT, int((~trained).sum()))
+            cut = cut.take(trained)
+            counts.measure(cut.measures())
+            parts.append(cut)
+            each.append(counts)
+        total = Statistics(label)
+        for counts in each:
+            total.add(counts)
+        self._digests[key] = np.concatenate([one.digests[taken] for one, taken in zip(made, chosen, strict=True)])
+        total.duplicates = duplicates(self._digests[key])
+        self.statistics.append(total)
+        self.sources[label] = each
+        self._refuse_nothing(total, made)
+        self.sets[key] = joined = Joined(parts)
+        return joined
+
+    def _refuse_nothing(self, counts: Statistics, made: Sequence[Tokenized]) -> None:
+        if counts.examples:
+            return
+        if counts.refused and counts.refused == counts.rows:
+            first = next(iter(next(one.refused for one in made if one.refused).values()))
+            raise DataError(f"{counts.name}: none of {counts.rows} rows can be read; the first: {first}")
+        if set(counts.drops) == {EMPTY}:
             raise DataError(
-                f"{name}: none of {counts.rows} rows has a trained token within data.max_length={self.max_length} "
-                "tokens; raise it."
+                f"{counts.name}: none of {counts.rows} rows has anything to train on: each has weight 0 or train false."
             )
-        return examples
+        raise DataError(
+            f"{counts.name}: none of {counts.rows} rows has a trained token within data.max_length={self.max_length} "
+            "tokens; raise it."
+        )
 
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _eval_loader(self, examples: list[Example]) -> EvalLoader:
+    def _eval_loader(self, examples: Sequence[Example]) -> EvalLoader:
         world, rank = self._ranks()
         return EvalLoader(examples, self.batch_size, self.max_tokens, rank, world)
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 
+    def where(self, index: int) -> str:
+        """File and row of a training example, such as `rows.jsonl, row 7`."""
+        joined = self.sets["train"]
+        assert isinstance(joined, Joined)
+        part, place = joined.find(index)
+        return self._train_sources[part].where(int(joined.parts[part].rows[place]))
+
+    def fingerprint(self) -> str:
+        """A hash of the training examples, token by token, and of what orders them; not of the batch size."""
+        if not self._fingerprint:  # every checkpoint asks
+            joined = self.sets["train"]
+            assert isinstance(joined, Joined)
+            counts = None if self.mixture is None else self.mixture.counts
+            order = (self.seed, self.shuffle, self.weights, counts)
+            self._fingerprint = hashlib.blake2b(
+                f"{joined.fingerprint()} {order!r}".encode(), digest_size=16
+            ).hexdigest()
+        return self._fingerprint
+
     def describe(self) -> list[str]:
-        """A line of counts for each set of rows."""
-        return [counts.line() for counts in self.statistics]
+        """A line of counts for each set of rows, and one for each source where they are mixed."""
+        return [line for counts in self.statistics for line in (counts.line(), *self._shares(counts.name))]
+
+    def report(self) -> list[str]:
+        """The counts as a page: a table of the sources, notes, and the lengths of the training examples."""
+        lines: list[str] = []
+        for total in sorted(self.statistics, key=lambda counts: counts.name != "train"):
+            each = self.sources[total.name]
+            rows = [_cells(counts) for counts in each]
+            if len(each) > 1:
+                rows.append(_cells(total, "together"))
+            header = ("", "rows", "examples", "tokens", "trained", "", "longest")
+            lines += [total.name, *(f"  {line}" for line in table((*header,), rows))]
+            for counts in each:
+                prefix = f"{counts.name}: " if len(each) > 1 else ""
+                lines += [f"  {prefix}{note}" for note in counts.notes()]
+                if counts.unread:
+                    lines.append(f"  {prefix}columns not read: {', '.join(counts.unread)}")
+            if total.duplicates:
+                lines.append(f"  {total.duplicates:,} of the rows are equal to an earlier one")
+            if total.in_train:
+                lines.append(f"  warning: {total.in_train:,} of the rows are also in train, so this loss flatters")
+            lines += [f"  {line}" for line in (*self._epoch(total.name), *total.histogram())]
+            lines.append("")
+        return lines
+
+    def _shares(self, name: str) -> list[str]:
+        """A line for what each source gives to an epoch, where they are mixed."""
+        if name != "train" or self.mixture is None:
+            return []
+        given, mixture = self.mixture.shares(), self.mixture
+        return [
+            f"{counts.name}: {given[i]:.1%} of the trained tokens of the first epoch (asked for "
+            f"{mixture.asked[i]:.1%}), {mixture.counts[i]:,} examples, each {mixture.repeats()[i]:.2f} times"
+            for i, counts in enumerate(self.sources[name])
+        ]
+
+    def _epoch(self, name: str) -> list[str]:
+        """The same as a table."""
+        if name != "train" or self.mixture is None:
+            return []
+        mixture, given = self.mixture, self.mixture.shares()
+        rows = [
+            (
+                counts.name,
+                f"{mixture.asked[i]:.1%}",
+                f"{given[i]:.1%}",
+                f"{mixture.counts[i]:,}",
+                f"{mixture.repeats()[i]:.2f}",
+            )
+            for i, counts in enumerate(self.sources[name])
+        ]
+        title = f"an epoch of {len(mixture):,} examples"
+        return table((title, "trained tokens asked", "given in the first", "examples", "times each"), rows)
 
     def rendered(self, index: int = 0, opening: str = "⟦", closing: str = "⟧", most: int | None = None) -> str:
         """A training example as text with its trained tokens marked.
@@ -309,6 +520,41 @@ class SFTData(L.LightningDataModule):
         if most is None or len(text) <= most:
             return text
         return f"{text[: most // 2]}\n[... {len(text) - most:,} characters ...]\n{text[-most // 2 :]}"
+
+
+def _readable(made: Tokenized) -> np.ndarray:
+    """Which rows of a source could be read."""
+    rows = np.ones(len(made.source), bool)
+    rows[list(made.refused)] = False
+    return rows
+
+
+def _as_conversation(record: Record) -> Conversation:
+    """A record as turns, for the file of the predictions."""
+    if isinstance(record, Conversation):
+        if not record.messages:
+            raise DataError("holds no turn to answer.")
+        return record
+    return Conversation((Message("user", record.text if isinstance(record, Text) else record.prompt),))
+
+
+def _short(names: list[str]) -> list[str]:
+    """Names of sources without their folders, where these are files and the short names differ."""
+    short = [Path(name).name if Path(name).expanduser().exists() else name for name in names]
+    return short if len(set(short)) == len(names) else names
+
+
+def _cells(counts: Statistics, name: str | None = None) -> tuple[str, ...]:
+    share = counts.targets / max(1, counts.tokens)
+    return (
+        name or counts.name,
+        f"{counts.rows:,}",
+        f"{counts.examples:,}",
+        f"{counts.tokens:,}",
+        f"{counts.targets:,}",
+        f"{share:.0%}",
+        f"{counts.longest:,}",
+    )
 
 
 __all__ = ["MAIN", "SFTData", "Statistics"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ftlit.batch import Example, PackedBatch, StepBatch, StepTotals, pack
+from ftlit.data.mixing import Mixture
+from ftlit.data.store import measure
 
 FILLER = -1
 
@@ -40,6 +43,7 @@ class StepPlanner:
         max_tokens: Most tokens in a micro-batch; a longer example gets one of its own. None: no cap.
         shuffle: Whether each epoch has an order of its own.
         seed: The order is a function of this and the epoch, and of nothing else.
+        mixture: What an epoch takes from each of several sources, in which order; it replaces `shuffle` and `seed`.
     """
 
     def __init__(
@@ -52,20 +56,22 @@ class StepPlanner:
         max_tokens: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
-        self.lengths = [len(example.input_ids) for example in examples]
-        self.weights = [float(sum(example.weights)) for example in examples]
-        self.targets = [example.num_targets for example in examples]
+        self.lengths, self.targets, self.weights = (array.tolist() for array in measure(examples))
         self.batch_size, self.accumulate, self.world = batch_size, accumulate, world
-        self.max_tokens, self.shuffle, self.seed = max_tokens, shuffle, seed
+        self.max_tokens, self.shuffle, self.seed, self.mixture = max_tokens, shuffle, seed, mixture
         self.examples_per_step = batch_size * accumulate * world
 
     def __len__(self) -> int:
         """Optimizer steps an epoch."""
-        return -(-len(self.lengths) // self.examples_per_step)
+        size = len(self.lengths) if self.mixture is None else len(self.mixture)
+        return -(-size // self.examples_per_step)
 
     def order(self, epoch: int) -> list[int]:
         """The order of the examples in an epoch."""
+        if self.mixture is not None:
+            return self.mixture.order(epoch)
         if not self.shuffle:
             return list(range(len(self.lengths)))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
@@ -120,8 +126,7 @@ def _pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     """Packs some examples; none at all becomes the shortest example as a filler, so that every rank runs the model."""
     if indices:
         return pack([examples[i] for i in indices], indices)
-    shortest = min(examples, key=lambda example: len(example.input_ids))
-    return pack([shortest], [FILLER])
+    return pack([examples[int(np.argmin(measure(examples).lengths))]], [FILLER])
 
 
 class StepLoader:

@@ -1,171 +1,317 @@
-"""Rows from files: JSON and JSONL through `datasets`, and the samples that ship with ftlit."""
+"""Where rows come from: files, folders, data sets on disk and on the hub, and the samples that ship with ftlit."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftlit.data.formats import Conversation, Message, RowFormat, detect
+from ftlit.data.formats import Completion, Message, RawText, Record, RowError, RowFormat, Text, detect, suggest
+from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
 SAMPLES = Path(__file__).parent / "samples"
-_SUFFIXES = (".json", ".jsonl")
+# Files that lie beside data without being data.
+_BESIDE = ("readme", "license", "licence", "notice", "changelog", "dataset_card", "datasheet")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Source:
-    """The rows of one file.
+    """The rows of one file, folder or data set.
 
     Args:
-        name: A `.json` or `.jsonl` file, or `sample:NAME` for rows that ship with ftlit.
+        name: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.txt`, `.md`; those of text also with
+            `.gz`), a folder of such files, a folder made by `save_to_disk`, a hub id (`org/name`, `org/name:split`,
+            `org/name:config:split`), or `sample:NAME` for rows that ship with ftlit.
         row_format: How to read a row; chosen from the columns when left out.
+        columns: The format's name of a column to the file's, where they differ; to null leaves a column out.
+        prefer: The split to take where the name says none: `train`, `validation` or `test`.
+        answers: Whether rows must have an answer.
 
     Raises:
-        DataError: If there is no such file, or it is empty or torn.
+        DataError: If there is no such thing, it holds no rows, or it is torn.
     """
 
-    def __init__(self, name: str, row_format: RowFormat | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        row_format: RowFormat | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        prefer: str = "train",
+        *,
+        answers: bool = True,
+    ) -> None:
         self.name = name
         self.is_sample = name.startswith("sample:")
-        self.path = _path_of(name)
-        self.rows: Sequence[Mapping[str, Any]] = _read(self.path, name)
-        if not len(self.rows):
+        self.notes: list[str] = []
+        self.answers = answers
+        self.tables = self._open(name, prefer)
+        self._starts = [0]
+        for table in self.tables:
+            self._starts.append(self._starts[-1] + len(table.rows))
+        if not len(self):
             raise DataError(f"{name} holds no rows.")
-        self.row_format = row_format or detect(_columns(self.rows), name)
+        self._columns = [_renaming(table, columns or {}) for table in self.tables]
+        self.formats = [
+            self._format(table, row_format, renamed) for table, renamed in zip(self.tables, self._columns, strict=True)
+        ]
+
+    @property
+    def row_format(self) -> RowFormat:
+        """The format of the first row."""
+        return self.formats[0]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._starts[-1]
 
-    def conversation(self, index: int) -> Conversation:
-        """One row as a conversation.
+    def row(self, index: int) -> Mapping[str, Any]:
+        """One row with the format's names of its columns."""
+        number, place = self._find(index)
+        row = self.tables[number].rows[place]
+        if not (renamed := self._columns[number]):
+            return row
+        taken = set(renamed.values())
+        left = {key: value for key, value in row.items() if key not in taken and key not in renamed}
+        return {**left, **{name: row.get(column) for name, column in renamed.items() if column is not None}}
+
+    def record(self, index: int) -> Record:
+        """What one row becomes.
 
         Raises:
             DataError: If it cannot be read: file, row, column, what it holds.
         """
+        number, _ = self._find(index)
+        read = self.formats[number]
         with self.at(index):
-            return self.row_format(self.rows[index])
+            try:
+                return read(self.row(index)) if self.answers else read.prompt(self.row(index))
+            except RowError as error:
+                raise _in_file(error, self._columns[number]) from None
+
+    def where(self, index: int) -> str:
+        """File and row (counted from 1) of a row."""
+        number, place = self._find(index)
+        return f"{self.tables[number].name}, {self.tables[number].place(place)}"
 
     @contextmanager
     def at(self, index: int) -> Iterator[None]:
-        """Adds file and row (counted from 1) to a `DataError` raised inside."""
+        """Adds file and row to a `DataError` raised inside."""
         try:
             yield
         except DataError as error:
-            raise DataError(f"{self.name}, row {index + 1}: {error}") from None
+            raise DataError(f"{self.where(index)}: {error}") from None
+
+    def unread(self) -> list[str]:
+        """Columns that no format reads."""
+        names: dict[str, None] = {}
+        for table, read, renamed in zip(self.tables, self.formats, self._columns, strict=True):
+            if not read.columns:
+                continue  # a format that does not say what it reads
+            known = {*read.columns, *read.optional, *(v for v in vars(read).values() if isinstance(v, str))}
+            taken = {column for column in renamed.values() if column is not None}
+            names.update(dict.fromkeys(c for c in table.columns if c not in taken and c not in known))
+        return list(names)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        number = bisect_right(self._starts, index) - 1 if len(self.tables) > 1 else 0
+        return number, index - self._starts[number]
+
+    def _format(self, table: Table, given: RowFormat | None, renamed: Mapping[str, str | None]) -> RowFormat:
+        if table.is_document:
+            return given if isinstance(given, RawText) else RawText()
+        have = [column for column in table.columns if column not in renamed.values() and column not in renamed]
+        have += [name for name, column in renamed.items() if column is not None]
+        return given or detect(have, table.name, answers=self.answers)
+
+    # ---- opening --------------------------------------------------------------------------------------------------
+
+    def _open(self, name: str, prefer: str) -> list[Table]:
+        if self.is_sample:
+            return [read_table(_sample(name), name)]
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return self._folder(path, name, None, prefer)
+        if path.exists():
+            if not suffix_of(path):
+                raise DataError(
+                    f"{name}: rows are read from {', '.join(SUFFIXES)} files, got {path.suffix or 'no suffix'!r}."
+                )
+            return [read_table(path, name)]
+        head, _, split = name.rpartition(":")
+        if head and Path(head).expanduser().is_dir():
+            return self._folder(Path(head).expanduser(), head, split, prefer)
+        if _HUB.fullmatch(name.split(":")[0]) and not suffix_of(path):
+            return [_from_hub(name, prefer)]
+        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise DataError(f"{name} does not exist (looked in {path.absolute().parent}){hint}")
+
+    def _folder(self, path: Path, name: str, split: str | None, prefer: str) -> list[Table]:
+        if any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+            return [_from_disk(path, name, split, prefer)]
+        if split is not None:
+            raise DataError(f"{name} is a folder of files and has no split {split!r}; give a file in it.")
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        taken = [file for file in files if self._is_data(file, path)]
+        if left := [str(file.relative_to(path)) for file in files if file not in set(taken)]:
+            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+            self.notes.append(f"{name}: {len(left):,} of {len(files):,} files are not read as rows: {shown}")
+        if not taken:
+            raise DataError(f"folder {name} holds no file to read rows from ({', '.join(SUFFIXES)}).")
+        return [read_table(file, str(file)) for file in taken]
+
+    @staticmethod
+    def _is_data(file: Path, folder: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        return bool(suffix_of(file)) and not hidden and file.name.split(".")[0].lower() not in _BESIDE
 
 
-def fill(conversation: Conversation, values: Mapping[str, str]) -> Conversation:
-    """Replaces each `{{key}}` in the messages by its value."""
+def _sample(name: str) -> Path:
+    path = SAMPLES / f"{name.removeprefix('sample:')}.jsonl"
+    if not path.exists():
+        raise DataError(f"there is no sample {name!r}: {nearest(path.stem, [f.stem for f in SAMPLES.glob('*.jsonl')])}")
+    return path
+
+
+def _from_disk(path: Path, name: str, split: str | None, prefer: str) -> Table:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises what its files make it raise
+        raise DataError(f"{name} is torn, or no data set saved by save_to_disk ({_first(error)}).") from None
+    if isinstance(data, datasets.DatasetDict):
+        data = data[_split(name, list(data), split, prefer)]
+    elif split is not None:
+        raise DataError(f"{name} has no splits, so there is no {split!r}; give {name} alone.")
+    return _dataset(data, name if split is None else f"{name}:{split}")
+
+
+def _from_hub(name: str, prefer: str) -> Table:
+    import datasets
+
+    hub_id, *rest = name.split(":")
+    split = rest[-1] if rest else None
+    config = rest[0] if len(rest) > 1 else None
+    try:
+        with _no_bars(datasets):
+            known = [] if split else datasets.get_dataset_split_names(hub_id, config)
+            split = split or _split(hub_id, known, None, prefer)
+            return _dataset(datasets.load_dataset(hub_id, config, split=split), name)
+    except DataError:
+        raise
+    except Exception as error:  # the hub, the network and the data set each raise kinds of their own
+        raise DataError(
+            f"{name} is no file or folder (looked in {Path.cwd()}), and as a hub id it cannot be had: "
+            f"{_first(error).rstrip('.')}; check the name, or give a file."
+        ) from None
+
+
+@contextlib.contextmanager
+def _no_bars(datasets: Any) -> Iterator[None]:
+    were = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were:
+            datasets.enable_progress_bars()
+
+
+def _split(name: str, known: list[str], asked: str | None, prefer: str) -> str:
+    if asked is not None and asked not in known:
+        raise DataError(f"{name} has no split {asked!r}: {nearest(asked, known)}")
+    if asked is None and len(known) > 1 and prefer not in known:
+        raise DataError(f"{name} has several splits ({', '.join(known)}); name one, such as {name}:{known[0]}.")
+    return asked or (prefer if prefer in known else known[0])
+
+
+def _dataset(data: Any, name: str) -> Table:
+    """A `datasets.Dataset` as a table, in the order of its rows."""
+    data = data.with_format(None)
+    rows: Any = ArrowRows(data.data.table) if getattr(data, "_indices", None) is None else data
+    return Table(name, rows, list(data.column_names))
+
+
+def _first(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _in_file(error: RowError, renamed: Mapping[str, str | None]) -> RowError:
+    """The error with the file's name of the column."""
+    name = re.split(r"[.\[]", error.column, maxsplit=1)[0]
+    column = renamed.get(name)
+    return error if column is None else RowError(column + error.column[len(name) :], error.wanted, error.got)
+
+
+def _renaming(table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The renamings that a table needs: a table that has the format's own name already needs none.
+
+    Raises:
+        DataError: If it has neither.
+    """
+    if table.is_document:
+        return {}
+    renamed: dict[str, str | None] = {}
+    for name, column in columns.items():
+        if column is None or column in table.columns:
+            renamed[name] = column
+        elif name not in table.columns:
+            likely = suggest(table.columns).get(name)
+            hint = f"did you mean {likely!r}?" if likely else nearest(column, table.columns)
+            raise DataError(f"{table.name} has no column {column!r}, which data.columns gives for {name!r}: {hint}")
+    return renamed
+
+
+# ---- what is done to every record -----------------------------------------------------------------------------------
+
+
+def _texts(record: Record) -> list[str]:
+    if isinstance(record, Text):
+        return [record.text]
+    if isinstance(record, Completion):
+        return [record.prompt, record.completion]
+    return [message.content for message in record.messages]
+
+
+def fill(record: Record, values: Mapping[str, str]) -> Record:
+    """Replaces each `{{key}}` in the texts by its value."""
     if not values:
-        return conversation
+        return record
     pattern = re.compile("|".join(re.escape("{{" + key + "}}") for key in values))
-    return Conversation(
-        tuple(
-            Message(role, pattern.sub(lambda found: values[found[0][2:-2]], content))
-            for role, content in conversation.messages
-        )
-    )
+
+    def filled(text: str) -> str:
+        return pattern.sub(lambda found: values[found[0][2:-2]], text)
+
+    if isinstance(record, Text):
+        return record._replace(text=filled(record.text))
+    if isinstance(record, Completion):
+        return record._replace(prompt=filled(record.prompt), completion=filled(record.completion))
+    return record._replace(messages=tuple(m._replace(content=filled(m.content)) for m in record.messages))
 
 
-def refuse_placeholders(conversation: Conversation) -> None:
+def refuse_placeholders(record: Record) -> None:
     """Stops where a shipped row still has a `{{key}}`.
 
     Raises:
         DataError: Naming the key and what to set.
     """
-    for _, content in conversation.messages:
-        if found := re.search(r"\{\{(\w+)\}\}", content):
+    for text in _texts(record):
+        if found := re.search(r"\{\{(\w+)\}\}", text):
             raise DataError(f"the placeholder {found[0]} has no value: set data.fill, such as {{{found[1]}: ...}}.")
 
 
-def with_system(conversation: Conversation, system: str | None) -> Conversation:
+def with_system(record: Record, system: str | None) -> Record:
     """Puts a system turn before a conversation that has none."""
-    if system is None or conversation.messages[0].role == "system":
-        return conversation
-    return Conversation((Message("system", system), *conversation.messages))
-
-
-def _path_of(name: str) -> Path:
-    if name.startswith("sample:"):
-        path = SAMPLES / f"{name.removeprefix('sample:')}.jsonl"
-        if not path.exists():
-            known = [file.stem for file in SAMPLES.glob("*.jsonl")]
-            raise DataError(f"there is no sample {name!r}: {nearest(path.stem, known)}")
-        return path
-    path = Path(name).expanduser()
-    if not path.exists():
-        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, near, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise DataError(f"{name} does not exist (looked in {path.absolute().parent}){hint}")
-    if not path.is_file():
-        raise DataError(f"{name} is a folder; give a {' or '.join(_SUFFIXES)} file.")
-    if path.suffix not in _SUFFIXES:
-        raise DataError(
-            f"{name}: rows are read from {' or '.join(_SUFFIXES)} files, got {path.suffix or 'no suffix'!r}."
-        )
-    return path
-
-
-def _read(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
-    """The rows as a `datasets.Dataset`, or as they are where Arrow has no one type for a column.
-
-    Parsed here and not by `datasets`: its JSON reader names no row, turns texts that look like dates into dates, and
-    answers from its cache when a file changes but its time stamp does not.
-    """
-    rows = _parse(path, name)
-    columns = {key: None for row in rows for key in row}
-    import datasets
-    import pyarrow
-
-    try:
-        return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
-    except (pyarrow.ArrowException, UnicodeError, TypeError, ValueError):
-        return rows
-
-
-def _parse(path: Path, name: str) -> list[Mapping[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}, line {line}: not valid UTF-8 ({error.reason}); save the file as UTF-8.") from None
-    if not text:
-        raise DataError(f"{name} is empty.")
-    rows: list[Any] = _whole(text, name) if path.suffix == ".json" else _lines(text, name)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{name}, row {number}: a row must be a JSON object, got {type(row).__name__}.")
-    return rows
-
-
-def _whole(text: str, name: str) -> list[Any]:
-    """A JSON array of rows, or a single row; lines of JSON are often called `.json` too."""
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        if text.lstrip().startswith("["):
-            raise DataError(f"{name} is not valid JSON: {error}.") from None
-        return _lines(text, name)
-    return rows if isinstance(rows, list) else [rows]
-
-
-def _lines(text: str, name: str) -> list[Any]:
-    """A row a line; not `splitlines`, because a JSON text may hold other line separators than the line feed."""
-    rows = []
-    for record in text.split("\n"):
-        if record.strip():
-            try:
-                rows.append(json.loads(record))
-            except ValueError as error:
-                raise DataError(f"{name}, row {len(rows) + 1}: not valid JSON ({error}).") from None
-    return rows
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = getattr(rows, "column_names", None)
-    return list(names) if names is not None else sorted({name for row in rows for name in row})
+    if system is None or isinstance(record, Text | Completion):
+        return record
+    if record.messages and record.messages[0].role == "system":
+        return record
+    return record._replace(messages=(Message("system", system), *record.messages))

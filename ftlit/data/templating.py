@@ -1,104 +1,237 @@
-"""The only place where it is decided which tokens are trained: every assistant turn with its end token, nothing else.
+"""The only place where it is decided which tokens are trained.
 
-A row is rendered by the model's own chat template, cut where generation would start each answer, and tokenized piece by
-piece: so the prompt of every trained answer is, token for token, what `generate` will be fed. Where a template shows
-earlier turns differently once later ones follow (it drops old reasoning, say), or where an answer's first characters
-would merge with the prompt, no single row can hold all answers exactly; the conversation is then split into one
-example an answer, each with its own exact prompt. Nothing is found by searching for tokens, so it does not matter that
-a model pads with its end token.
+A conversation is rendered by the model's own chat template, cut where generation would start each answer, and tokenized
+piece by piece: so the prompt of every trained answer is, token for token, what `generate` will be fed. Where a template
+shows earlier turns differently once later ones follow (it drops old reasoning, say), or where an answer's first
+characters would merge with the prompt, no single row can hold all answers exactly; the conversation is then split into
+one example an answer, each with its own exact prompt. Nothing is found by searching for tokens, so it does not matter
+that a model pads with its end token.
+
+Where a template says itself with `{% generation %}` what is trained, its marks can narrow an answer (leave reasoning
+out, say); marks outside the answers, or that leave the end token out, are refused.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
 from ftlit.batch import Example
-from ftlit.data.formats.base import Conversation, Message
+from ftlit.data.formats.base import Completion, Conversation, Message, Record, Text
+from ftlit.data.plain import opening_tokens, plain_template
 from ftlit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TrainOn = Literal["assistant", "last", "all"]
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+class _Answer(NamedTuple):
+    """One answer: the tokens that generation is fed, the tokens that follow, and which of those are trained."""
+
+    before: list[int]
+    own: list[int]
+    trained: list[bool]
+
 
 class ChatTemplate:
-    """Turns conversations into tokens and weights.
+    """Turns what rows became into tokens and weights.
 
     Args:
         tokenizer: The model's tokenizer.
-        template: A Jinja chat template, or the path of one, to use instead of the tokenizer's.
+        template: A Jinja chat template, the path of one, or `plain`, to use instead of the tokenizer's. A tokenizer
+            without one gets the plain one.
+        train_on: `assistant`: every assistant turn with its end token; `last`: the last one only; `all`: every token.
 
     Raises:
-        ConfigError: If there is no template at all, or no end token.
+        ConfigError: If what is given is no template, or there is no end token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        if template is not None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, train_on: TrainOn = "assistant"
+    ) -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.is_assumed = template is None and not tokenizer.chat_template
+        if self.is_assumed or template == "plain":
+            tokenizer.chat_template = plain_template(tokenizer)
+        elif template is not None:
             tokenizer.chat_template = (
                 Path(template).read_text(encoding="utf-8")
                 if "{" not in template and Path(template).is_file()
                 else template
             )
             if "{" not in tokenizer.chat_template:
-                raise ConfigError(f"data.chat_template {template!r} is neither a file nor a Jinja template.")
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "this model's tokenizer has no chat template; give one as data.chat_template (a Jinja file or text)."
-            )
-        self.tokenizer = tokenizer
+                raise ConfigError(
+                    f"data.chat_template {template!r} is neither a file nor a Jinja template, nor the word plain."
+                )
         added = tokenizer.added_tokens_decoder
         self._special = set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+        self._opening: list[int] | None = None
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    # ---- text -----------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Tools = None) -> str:
         """The text of some messages; with `prompt`, up to where the next answer starts.
 
         Raises:
-            DataError: If the template refuses the messages.
+            DataError: If the template refuses the messages, or does not show the tools.
         """
-        turns = [{"role": role, "content": content} for role, content in messages]
+        turns = [message.turn() for message in messages]
+        given: Any = [dict(tool) for tool in tools] if tools else None
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+            text = self.tokenizer.apply_chat_template(turns, given, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(role for role, _ in messages)
-            raise DataError(f"the chat template refuses these turns ({roles}): {error}") from None
+            raise self._refusal(messages, error) from None
+        for tool in tools or ():
+            if (name := _name_of(tool)) and name not in text:
+                raise DataError(
+                    f"the chat template does not show the tool {name!r}; give a data.chat_template that shows tools, "
+                    "or leave them out with data.columns: {tools: null}."
+                )
+        return text
+
+    @staticmethod
+    def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
+        roles = ", ".join(message.role for message in messages)
+        return DataError(f"the chat template refuses these turns ({roles}): {error}")
+
+    def _marks(self, messages: Sequence[Message], tools: Tools) -> list[tuple[int, int]] | None:
+        """The stretches of the rendered text that the template itself marks as trained; None without such marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given: Any = [dict(tool) for tool in tools] if tools else None
+        template = self.tokenizer.get_chat_template(None, given)
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return None
+        try:
+            _, marks = render_jinja_template(
+                conversations=[[message.turn() for message in messages]],
+                tools=given,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise self._refusal(messages, error) from None
+        return [(start, end) for start, end in marks[0] if end > start]
+
+    # ---- tokens ---------------------------------------------------------------------------------------------------
 
     def end_tokens(self) -> list[int]:
         """The tokens that the template closes an answer with, which is what training teaches the model to end with."""
         closed = self.encode(Conversation((Message("user", "Hello"), Message("assistant", "Hello"))))
         return [int(closed[-1].input_ids[-1])]
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """The tokens that generation is fed to answer some messages."""
-        return self._tokenize([self.render(messages, prompt=True)])[0]
+        return self._tokenize([self.render(messages, prompt=True, tools=tools)])[0]
 
-    def encode(self, conversation: Conversation) -> list[Example]:
-        """The examples of a conversation: one as a rule, one an answer where one could not be exact.
+    def prompt_of(self, record: Record) -> list[int]:
+        """The tokens that generation is fed to go on from a record without its answer."""
+        if isinstance(record, Conversation):
+            return self.prompt_ids(record.messages, record.tools)
+        text = record.text if isinstance(record, Text) else record.prompt
+        return self._begin() + self._tokenize([text])[0]
+
+    def encode(self, record: Record) -> list[Example]:
+        """The examples of a record: one as a rule, one an answer where one could not be exact, none if it weighs 0.
 
         Raises:
             DataError: If a conversation has no assistant turn, or the template cannot be followed.
         """
-        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        if not record.weight:
+            return []
+        if isinstance(record, Text):
+            examples = [self._document(record)]
+        elif isinstance(record, Completion):
+            examples = [self._completion(record)]
+        else:
+            examples = self._conversation(record)
+        if record.weight == 1:
+            return examples
+        return [Example(e.input_ids, [weight * record.weight for weight in e.weights]) for e in examples]
+
+    def _conversation(self, conversation: Conversation) -> list[Example]:
+        messages = conversation.messages
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if not answers:
             raise DataError("a conversation needs at least one assistant turn to train on, got none.")
-        if all(message.role == "system" for message in conversation.messages[: answers[0]]):
+        if self.train_on == "all":
+            return [self._everything(conversation, answers)]
+        if self.train_on == "last":
+            answers = answers[-1:]
+        answers = [i for i in answers if i >= conversation.given and messages[i].weight]
+        if not answers:
+            return []
+        if all(message.role == "system" for message in messages[: answers[0]]):
             raise DataError("a conversation must open with a user turn, got an assistant turn.")
         whole = self._together(conversation, answers)
-        return [whole] if whole is not None else [self._one(conversation, answer) for answer in answers]
+        made = [whole] if whole is not None else [self._one(conversation, answer) for answer in answers]
+        return [example for example in made if example.num_targets]
+
+    def _everything(self, conversation: Conversation, answers: list[int]) -> Example:
+        """Every token but the first; answers with a weight of their own have it."""
+        messages = conversation.messages
+        if any(m.weight != 1 for m in messages if m.role != "assistant"):
+            raise DataError("with data.train_on=all, only assistant turns can have a weight.")
+        if all(messages[i].weight == 1 for i in answers):
+            (ids,) = self._tokenize([self.render(messages, tools=conversation.tools)])
+            return Example(ids, [0.0] + [1.0] * (len(ids) - 1))
+        whole = self._together(conversation, answers, rest=1.0)
+        if whole is None:
+            raise DataError(
+                "the chat template rewrites earlier turns, so that weights of messages cannot be had with "
+                "data.train_on=all; train on the assistant turns."
+            )
+        return Example(whole.input_ids, [0.0, *whole.weights[1:]])
+
+    def _completion(self, record: Completion) -> Example:
+        before = self._begin() + self._tokenize([record.prompt])[0]
+        (whole,) = self._tokenize([record.prompt + record.completion])
+        whole = self._begin() + whole
+        if whole[: len(before)] == before:
+            own = whole[len(before) :]
+        else:  # see _answer
+            (own,) = self._tokenize([record.completion])
+        own = self._ended(own)
+        if self.train_on == "all":
+            return Example(before + own, [0.0] + [1.0] * (len(before) + len(own) - 1))
+        return Example(before + own, [0.0] * len(before) + [1.0] * len(own))
+
+    def _document(self, record: Text) -> Example:
+        ids = self._ended(self._begin() + self._tokenize([record.text])[0])
+        return Example(ids, [0.0] + [1.0] * (len(ids) - 1))
+
+    def _begin(self) -> list[int]:
+        if self._opening is None:
+            self._opening = opening_tokens(self.tokenizer)
+        return list(self._opening)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError("this model's tokenizer has no end token, so text without a chat template has no end.")
+        return ids if ids and ids[-1] == end else [*ids, end]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         try:
-            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except (TypeError, UnicodeError) as error:
             raise DataError(f"the text cannot be tokenized; is it valid Unicode? ({error})") from None
 
     def _cut(self, conversation: Conversation, answer: int) -> tuple[str, str]:
         """The prompt before one answer, and the answer as the template closes it."""
-        prompt = self.render(conversation.messages[:answer], prompt=True)
-        closed = self.render(conversation.messages[: answer + 1])
+        messages, tools = conversation.messages, conversation.tools
+        prompt = self.render(messages[:answer], prompt=True, tools=tools)
+        closed = self.render(messages[: answer + 1], tools=tools)
         if not closed.startswith(prompt):
             begins = closed[max(0, len(prompt) - 40) : len(prompt)]
             raise DataError(
@@ -106,7 +239,13 @@ class ChatTemplate:
                 f"(prompt ends in {prompt[-40:]!r}, the answered text has {begins!r}); "
                 "give a data.chat_template whose add_generation_prompt matches."
             )
-        return prompt, closed[len(prompt) :]
+        text = closed[len(prompt) :]
+        for call in (messages[answer].more or {}).get("tool_calls", ()):
+            if (name := _name_of(call)) and name not in text:
+                raise DataError(
+                    f"the chat template does not show the call of {name!r}; give a data.chat_template that shows calls."
+                )
+        return prompt, text
 
     def _trained(self, ids: list[int], text: str) -> int:
         """How many tokens of a closed answer are trained: up to and with its last special token."""
@@ -119,32 +258,107 @@ class ChatTemplate:
             )
         return trained
 
-    def _together(self, conversation: Conversation, answers: list[int]) -> Example | None:
+    def _together(self, conversation: Conversation, answers: list[int], rest: float = 0.0) -> Example | None:
         """All answers in one example, or None where that would not be exact for each."""
         ids: list[int] = []
         weights: list[float] = []
-        for answer in answers:
-            before, trained = self._pair(conversation, answer)
-            if before[: len(ids)] != ids:
+        for number in answers:
+            answer = self._answer(conversation, number)
+            if answer.before[: len(ids)] != ids:
                 return None
-            weights += [0.0] * (len(before) - len(ids)) + [1.0] * len(trained)
-            ids = before + trained
+            weight = conversation.messages[number].weight
+            weights += [rest] * (len(answer.before) - len(ids)) + [weight if t else rest for t in answer.trained]
+            ids = answer.before + answer.own
         return Example(ids, weights)
 
-    def _one(self, conversation: Conversation, answer: int) -> Example:
+    def _one(self, conversation: Conversation, number: int) -> Example:
         """One answer with its exact prompt."""
-        before, trained = self._pair(conversation, answer)
-        return Example(before + trained, [0.0] * len(before) + [1.0] * len(trained))
+        answer = self._answer(conversation, number)
+        weight = conversation.messages[number].weight
+        weights = [0.0] * len(answer.before) + [weight if trained else 0.0 for trained in answer.trained]
+        return Example(answer.before + answer.own, weights)
 
-    def _pair(self, conversation: Conversation, answer: int) -> tuple[list[int], list[int]]:
-        """The tokens that generation is fed before an answer, and the trained tokens of the answer."""
-        prompt, text = self._cut(conversation, answer)
+    def _answer(self, conversation: Conversation, number: int) -> _Answer:
+        prompt, text = self._cut(conversation, number)
         before, whole = self._tokenize([prompt, prompt + text])
-        if whole[: len(before)] == before:
-            own = whole[len(before) :]
-        else:  # its first characters would merge with the prompt's last: generation cannot undo its prompt
+        apart = whole[: len(before)] != before
+        if apart:  # its first characters would merge with the prompt's last: generation cannot undo its prompt
             (own,) = self._tokenize([text])
-        return before, own[: self._trained(own, text)]
+        else:
+            own = whole[len(before) :]
+        own = own[: self._trained(own, text)]
+        marks = self._marks(conversation.messages[: number + 1], conversation.tools)
+        if marks is None:
+            return _Answer(before, own, [True] * len(own))
+        first = not any(message.role == "assistant" for message in conversation.messages[:number])
+        if any(start < len(prompt) and (end > len(prompt) or first) for start, end in marks):
+            raise DataError(
+                "the chat template's {% generation %} marks train more than what follows its generation prompt; "
+                "mend the marks or add_generation_prompt."
+            )
+        marks = [(start - len(prompt), end - len(prompt)) for start, end in marks if start >= len(prompt)]
+        places = self._places(text) if apart else self._places(prompt + text)[len(before) :]
+        if not apart:
+            places = [(start - len(prompt), end - len(prompt)) for start, end in places]
+        return _Answer(before, own, self._marked(places[: len(own)], marks))
+
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        """Where each token lies in a text."""
+        if not self.tokenizer.is_fast:
+            raise ConfigError("a chat template with {% generation %} marks needs a fast tokenizer; this one is slow.")
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+
+    @staticmethod
+    def _marked(places: Sequence[tuple[int, int]], marks: Sequence[tuple[int, int]]) -> list[bool]:
+        trained = []
+        for start, end in places:
+            inside = any(first <= start and end <= last for first, last in marks)
+            if not inside and any(start < last and first < end for first, last in marks):
+                raise DataError(
+                    "the chat template's {% generation %} marks cut through a token, so that what is trained cannot be "
+                    "exact; put the marks where a special token or a line break is."
+                )
+            trained.append(inside)
+        if any(trained) and not trained[-1]:
+            raise DataError(
+                "the chat template's {% generation %} marks leave the end token of an answer out, so the model could "
+                "not learn to stop; put it inside the marks."
+            )
+        return trained
+
+    # ---- for a cache ----------------------------------------------------------------------------------------------
+
+    def signature(self) -> str:
+        """Everything of the tokenizer and the template that decides the tokens and weights of a record."""
+        import tokenizers
+        import transformers
+
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            state = json.loads(backend.to_str())
+            own = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+        else:
+            own = {"vocabulary": tokenizer.get_vocab(), "settings": repr(tokenizer.init_kwargs)}
+        template = json.dumps(tokenizer.chat_template, sort_keys=True)
+        if "strftime_now" in template:  # a template that shows the date
+            import datetime
+
+            template += datetime.date.today().isoformat()
+        versions = (transformers.__version__, tokenizers.__version__)
+        kind = type(tokenizer).__name__
+        return json.dumps(
+            [kind, own, tokenizer.special_tokens_map, template, self.train_on, versions], sort_keys=True, default=str
+        )
+
+
+def _name_of(tool: Mapping[str, Any]) -> str:
+    """The name of a tool or of a call, `""` where it has none."""
+    inner = tool.get("function")
+    name = inner.get("name") if isinstance(inner, Mapping) else tool.get("name")
+    return name if isinstance(name, str) else ""
 
 
 def terminal_marks() -> tuple[str, str, str]:
@@ -163,8 +377,8 @@ def mark(tokenizer: PreTrainedTokenizerBase, example: Example, opening: str = "â
             parts.append(tokenizer.decode(stretch))
             parts.append(opening if example.weights[place] else closing)
             stretch = []
-        stretch.append(token)
+        stretch.append(int(token))
     parts.append(tokenizer.decode(stretch))
-    if example.weights and example.weights[-1]:
+    if len(example.weights) and example.weights[-1]:
         parts.append(closing)
     return "".join(parts)

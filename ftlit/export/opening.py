@@ -86,10 +86,10 @@ def _open_run(folder: Path, which: str) -> Opened:
     state = read_checkpoint(path)["state_dict"]
     _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
     tokenizer = load_tokenizer(settings["policy"], bool(settings.get("trust_remote_code")))
-    if data.get("chat_template"):
+    if data.get("chat_template") or not tokenizer.chat_template:
         from ftlit.data.templating import ChatTemplate
 
-        ChatTemplate(tokenizer, data["chat_template"])
+        ChatTemplate(tokenizer, data.get("chat_template"))
     system = data.get("system")
     for key, value in (data.get("fill") or {}).items():
         system = system and system.replace("{{" + key + "}}", value)

@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from ftlit.cache import cache_dir
 from ftlit.errors import ConfigError
 from ftlit.models.fused import fuse
 from ftlit.models.policy import check_packing, use_segment_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def cache_dir() -> Path:
-    """Where ftlit keeps what it can make again: `$FTLIT_CACHE`, or `~/.cache/ftlit`."""
-    return Path(os.environ.get("FTLIT_CACHE") or Path.home() / ".cache" / "ftlit")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from ftlit.models.attention import NAME, packed_mask
 from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
+from ftlit.peft.lora_layers import LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,15 +42,20 @@ class Policy(nn.Module):
         self.lm = lm
         self.strategy = strategy
         self.longest = longest_exact(lm)
+        self.draws = has_dropout(lm)
 
-    def score(self, batch: PackedBatch) -> TokenScores:
+    def score(
+        self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
+    ) -> TokenScores:
         """Scores every target of a micro-batch.
 
         Args:
             batch: The micro-batch as the loader made it.
+            needs: Further scores with their gradients (`entropy`, `mean_logps`).
+            watch: Further scores without gradients.
 
         Returns:
-            Log-probability (nats) and top-1 hit of each target, `[N]`.
+            Log-probability (nats) and top-1 hit of each target, `[N]`, and what was asked for.
         """
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
@@ -58,27 +65,34 @@ class Policy(nn.Module):
                 f"{type(self.lm).__name__} scales its positions by the longest example of a row beyond {self.longest} "
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
             )
-        return score_packed(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
+        return score_packed(self.lm, batch, needs, watch, **self.strategy.attention_kwargs(self.lm, batch))
 
     def _repeats(self) -> bool:
         """Whether equal tokens after equal tokens have equal states: no dropout, no inputs of the strategy's own."""
-        dropout = float(getattr(self.strategy, "dropout", 0.0)) or float(
-            getattr(self.lm.config, "attention_dropout", 0)
-        )
         own = type(self.strategy).prepare is not PEFTStrategy.prepare
-        return not own and not (dropout and self.training) and self.longest is None
+        return not own and not (self.draws and self.training) and self.longest is None
 
-    def forward(self, batch: PackedBatch) -> TokenScores:
+    def forward(
+        self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
+    ) -> TokenScores:
         """The same as `score`."""
-        return self.score(batch)
+        return self.score(batch, needs, watch)
 
 
-def score_packed(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: Any) -> TokenScores:
+def score_packed(
+    lm: PreTrainedModel,
+    batch: PackedBatch,
+    needs: AbstractSet[str] = frozenset(),
+    watch: AbstractSet[str] = frozenset(),
+    **attention_kwargs: Any,
+) -> TokenScores:
     """Scores every target of a prepared micro-batch with a bare model.
 
     Args:
         lm: A causal language model switched to packed attention.
         batch: The micro-batch; its `inputs_embeds` are used where it has them.
+        needs: Further scores with their gradients.
+        watch: Further scores without gradients.
         attention_kwargs: What every attention layer gets besides the segments.
     """
     inputs = {"input_ids": batch.input_ids} if batch.inputs_embeds is None else {"inputs_embeds": batch.inputs_embeds}
@@ -91,7 +105,8 @@ def score_packed(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: An
         **attention_kwargs,
     ).last_hidden_state[0]
     # index_select: branches of one prompt share its last token, and only this backward is repeatable then.
-    return token_scores(hidden.index_select(0, batch.target_positions), head_of(lm), batch.target_ids)
+    chosen = hidden.index_select(0, batch.target_positions)
+    return token_scores(chosen, head_of(lm), batch.target_ids, needs, watch)
 
 
 def head_of(lm: PreTrainedModel) -> Head:
@@ -101,7 +116,7 @@ def head_of(lm: PreTrainedModel) -> Head:
         ConfigError: If the model has no plain linear output layer.
     """
     linear = lm.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear | LoRALinear):
         kind = "no output layer" if linear is None else f"a {type(linear).__name__} as output layer"
         raise ConfigError(f"{type(lm).__name__} has {kind}; ftlit trains causal language models with a linear one.")
     config = lm.config
@@ -110,7 +125,8 @@ def head_of(lm: PreTrainedModel) -> Head:
         scale *= float(config.logit_scale)
     if getattr(config, "logits_scaling", None) is not None:
         scale /= float(config.logits_scaling)
-    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    low_rank = linear.low_rank if isinstance(linear, LoRALinear) else None
+    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None), low_rank)
 
 
 def use_segment_attention(lm: PreTrainedModel) -> None:
@@ -146,6 +162,12 @@ def longest_exact(lm: PreTrainedModel) -> int | None:
         for kind in moving
     ]
     return int(min(limits)) if limits else None
+
+
+def has_dropout(lm: nn.Module) -> bool:
+    """Whether a module drops anything at random while training."""
+    chances = [getattr(module, name, 0.0) for module in lm.modules() for name in ("p", "dropout", "attention_dropout")]
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
 def recompute_activations(lm: PreTrainedModel) -> None:

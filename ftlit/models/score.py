@@ -1,21 +1,30 @@
 """The token-score head: log-probabilities of chosen tokens without ever building `[T, V]`.
 
-`lm_head` runs on the target positions only, in row chunks. With a frozen head the gradient of each log-probability with
-respect to its hidden state, `W[target] - softmax(z) W`, is stored in forward (`N x D`) and scaled in backward: exact,
-and no matrix product is done twice. A trained head keeps the probabilities of its first rows up to `KEEP_BYTES` and
-recomputes the others in backward, because the coefficients of `dW` are unknown until then.
+`lm_head` runs on the target positions only, in row chunks. With a frozen head the gradient of each score with respect
+to its hidden state is stored in forward (`W[target] - softmax(z) W` for the log-probability; `N x D` for each score
+that is asked for) and scaled in backward: exact, and no matrix product is done twice. A trained head keeps the
+exponentials of its first rows up to `KEEP_BYTES` and recomputes the others in backward, because the coefficients of
+`dW` are unknown until then.
+
+With `p = softmax(z)` over V tokens, the gradients of a row's scores with respect to its logits are
+`onehot - p` (log-probability), `1/V - p` (mean log-probability), `-p (log p + entropy)` (entropy).
 """
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ftlit.objectives.scores import TokenScores
+from ftlit.peft.lora_layers import LowRank
 
 # Logits in flight at once, bytes: large enough to keep a matrix product busy, small enough for a cache or a GPU.
 TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# Probabilities a trained head may keep between forward and backward, bytes.
+# What a trained head may keep of its logits between forward and backward, bytes.
 KEEP_BYTES = 512 << 20
 
 
@@ -27,157 +36,284 @@ class Head(NamedTuple):
         bias: `[V]` or None.
         scale: Factor on the logits (Cohere `logit_scale`, Granite `1 / logits_scaling`).
         softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2), or None.
+        low_rank: A trained product that is added to `weight`; the sum is never built.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    low_rank: LowRank | None = None
 
 
-class TokenScores(NamedTuple):
-    """What the head says of each target.
-
-    Attributes:
-        logps: Log-probability of the target, nats, `[N]`, at least float32; carries the gradient.
-        correct: Whether no other token is more likely, bool `[N]`.
-    """
-
-    logps: Tensor
-    correct: Tensor
-
-
-def token_scores(hidden: Tensor, head: Head, targets: Tensor, tile_bytes: int | None = None) -> TokenScores:
-    """Log-probability of each target token.
+def token_scores(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    needs: AbstractSet[str] = frozenset(),
+    watch: AbstractSet[str] = frozenset(),
+    tile_bytes: int | None = None,
+) -> TokenScores:
+    """Log-probability of each target token, and what else is asked for.
 
     Args:
         hidden: The hidden states that predict the targets, `[N, D]`.
         head: The output layer.
         targets: Token ids, int64 `[N]`.
+        needs: `entropy`, `mean_logps`: with their gradients.
+        watch: The same names: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
 
     Returns:
-        The scores; `logps` is differentiable with respect to `hidden`, and to the head where it requires gradients.
+        The scores; differentiable with respect to `hidden`, and to the head where it requires gradients.
     """
     tile = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"]) if tile_bytes is None else tile_bytes
     rows = max(1, tile // (head.weight.shape[0] * 4))
-    logps, correct = _TokenLogps.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, rows)
-    return TokenScores(logps, correct)
+    weight, low, up = head.weight, None, None
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight = weight.to(hidden.dtype)  # a trained copy is wider than a half-precision model
+    if head.low_rank is not None:
+        down, up, factor, dropout = head.low_rank
+        low = factor * F.linear(F.dropout(hidden, dropout), down.to(hidden.dtype))
+        low, up = low.to(hidden.dtype), up.to(hidden.dtype)
+    plan = _Plan(
+        head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
+        "entropy" in needs, "entropy" in needs | watch,
+    )  # fmt: skip
+    logps, correct, mean_logps, entropy = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
+    return TokenScores(logps, correct, entropy, mean_logps)
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Forward of one chunk of rows.
+class _Plan(NamedTuple):
+    """The settings of one call: the head's, rows a tile, and for each extra score its gradient and its value."""
 
-    Returns:
-        `logps [n]`, `correct [n]`, unnormalised probabilities `exp(z - max) [n, V]`, their sums `[n, 1]`, and the
-        derivative of the soft-cap `[n, V]` (None without one).
+    scale: float
+    softcap: float | None
+    rows: int
+    mean_grad: bool
+    mean: bool
+    entropy_grad: bool
+    entropy: bool
+
+
+class _Inputs(NamedTuple):
+    """Rows of hidden states (with their low-rank products) and the head's weights."""
+
+    hidden: Tensor
+    low: Tensor | None
+    weight: Tensor
+    up: Tensor | None
+    bias: Tensor | None
+    targets: Tensor
+
+    def rows(self, part: slice) -> _Inputs:
+        """Some of the rows."""
+        low = None if self.low is None else self.low[part]
+        return self._replace(hidden=self.hidden[part], low=low, targets=self.targets[part])
+
+
+class _Tile(NamedTuple):
+    """What a chunk of n rows leaves for its gradients.
+
+    Attributes:
+        exps: `exp(z - max)`, `[n, V]`.
+        sums: Their sums, `[n, 1]`.
+        slope: Derivative of the soft-cap, `[n, V]`; None without one.
     """
+
+    exps: Tensor
+    sums: Tensor
+    slope: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(t.numel() * t.element_size() for t in self if t is not None)
+
+
+def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], _Tile]:
+    """Scores of a chunk (`logps, correct, mean_logps, entropy`, each `[n]`), and what its gradients need."""
+    hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
+    if low is not None and up is not None:
+        logits = logits.addmm_(low.to(logits.dtype), up.to(logits.dtype).t())
     if bias is not None:
         logits = logits + bias
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if scale != 1.0:
-        logits *= scale
+    if plan.scale != 1.0:
+        logits *= plan.scale
     slope = None
-    if softcap is not None:
-        bent = torch.tanh_(logits / softcap)
+    if plan.softcap is not None:
+        bent = torch.tanh_(logits / plan.softcap)
         slope = 1 - bent.square()
-        logits = bent.mul_(softcap)
+        logits = bent.mul_(plan.softcap)
     chosen = logits.gather(1, targets[:, None])
     top = logits.amax(1, keepdim=True)
-    exps = logits.sub_(top).exp_()
+    shifted = logits.sub_(top)
+    mean = shifted.mean(1) if plan.mean else None
+    exps = shifted.exp() if plan.entropy else shifted.exp_()
     sums = exps.sum(1, keepdim=True)
-    logps = (chosen - top - sums.log()).squeeze(1)
-    return logps, (chosen >= top).squeeze(1), exps, sums, slope
+    log_sums = sums.log()
+    logps = (chosen - top - log_sums).squeeze(1)
+    entropy = None
+    if plan.entropy:  # log sum - sum p (z - max)
+        entropy = log_sums.squeeze(1) - torch.einsum("nv,nv->n", exps, shifted) / sums.squeeze(1)
+    correct = (chosen >= top).squeeze(1)
+    return (logps, correct, None if mean is None else mean - log_sums.squeeze(1), entropy), _Tile(exps, sums, slope)
 
 
-def _dlogits(exps: Tensor, sums: Tensor, slope: Tensor | None, targets: Tensor, scale: float) -> Tensor:
-    """Gradient of each row's log-probability with respect to its raw logits, `[n, V]`; overwrites `exps`."""
-    grad = exps.div_(-sums)
-    grad.scatter_add_(1, targets[:, None], torch.ones_like(sums))
+def _dlogits(
+    tile: _Tile,
+    targets: Tensor,
+    plan: _Plan,
+    logps: Tensor | float = 0.0,
+    mean: Tensor | float = 0.0,
+    entropy: Tensor | float | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    """Gradient of `logps . log p + mean . mean_logps + entropy . H` with respect to the raw logits, `[n, V]`.
+
+    Args:
+        tile: The chunk.
+        targets: Its targets, `[n]`.
+        plan: The settings.
+        logps: Coefficient of each row's log-probability, `[n, 1]` or one number.
+        mean: That of the mean log-probability.
+        entropy: That of the entropy, or None.
+        overwrite: Whether the exponentials are no longer needed.
+    """
+    exps, sums, slope = tile
+    factor = -(logps + mean) / sums
+    if entropy is None:
+        grad = exps.mul_(factor) if overwrite else exps * factor
+    else:  # -p (log p + H) = -(e log e - e sum(e log e) / s) / s with e = exps, s = sums
+        grad = torch.special.xlogy(exps, exps)
+        grad = grad.sub_(exps * (grad.sum(1, keepdim=True) / sums)).mul_(-entropy / sums)
+        grad.addcmul_(exps, factor)
+    if not isinstance(mean, float) or mean:
+        grad += mean / exps.shape[1]
+    if not isinstance(logps, float) or logps:
+        grad.scatter_add_(1, targets[:, None], torch.zeros_like(sums) + logps)
     if slope is not None:
         grad *= slope
-    return grad.mul_(scale) if scale != 1.0 else grad
+    return grad.mul_(plan.scale) if plan.scale != 1.0 else grad
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
+        low: Tensor | None,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
-        scale: float,
-        softcap: float | None,
-        rows: int,
-    ) -> tuple[Tensor, Tensor]:
+        plan: _Plan,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        inputs = _Inputs(hidden, low, weight, up, bias, targets)
         num = hidden.shape[0]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(num, dtype=dtype, device=hidden.device)
+        options: dict[str, Any] = {
+            "dtype": torch.promote_types(hidden.dtype, torch.float32),
+            "device": hidden.device,
+        }
+        logps = torch.empty(num, **options)
         correct = torch.empty(num, dtype=torch.bool, device=hidden.device)
-        wants_head = ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2])
+        mean = torch.empty(num, **options) if plan.mean else None
+        entropy = torch.empty(num, **options) if plan.entropy else None
+        wants_head = any(ctx.needs_input_grad[place] for place in (1, 2, 3, 4))
         wants_hidden = ctx.needs_input_grad[0] and not wants_head
-        slopes = torch.empty_like(hidden) if wants_hidden else None
-        kept: list[Tensor] = []
+        # One N x D gradient for each score that has one: log-probability, mean, entropy.
+        wanted = [True, plan.mean_grad, plan.entropy_grad] if wants_hidden else [False] * 3
+        slopes: list[Tensor | None] = [torch.empty_like(hidden) if one else None for one in wanted]
+        kept: list[_Tile] = []
         kept_bytes = 0
-        for start in range(0, num, rows):
-            part = slice(start, start + rows)
-            logps[part], correct[part], exps, sums, slope = _chunk(
-                hidden[part], weight, bias, targets[part], scale, softcap
-            )
-            if slopes is not None:
-                slopes[part] = _dlogits(exps, sums, slope, targets[part], scale).to(weight.dtype) @ weight
-            elif wants_head and kept_bytes + exps.numel() * exps.element_size() <= KEEP_BYTES:
-                kept.append(_dlogits(exps, sums, slope, targets[part], scale))
-                kept_bytes += exps.numel() * exps.element_size()
+        for start in range(0, num, plan.rows):
+            part = slice(start, start + plan.rows)
+            rows = inputs.rows(part)
+            values, tile = _forward(rows, plan)
+            for whole, value in zip((logps, correct, mean, entropy), values, strict=True):
+                if whole is not None and value is not None:
+                    whole[part] = value
+            if wants_hidden:
+                _store_slopes(slopes, part, tile, rows, plan)
+            elif wants_head and kept_bytes + tile.num_bytes <= KEEP_BYTES:
+                kept.append(tile)
+                kept_bytes += tile.num_bytes
             elif wants_head:
                 kept_bytes = KEEP_BYTES  # keep a leading run only: the rest is recomputed
-        ctx.scale, ctx.softcap, ctx.rows, ctx.kept = scale, softcap, rows, len(kept)
-        ctx.frozen_head = slopes is not None
-        if slopes is not None:
-            ctx.save_for_backward(slopes)
+        ctx.plan, ctx.kept, ctx.frozen_head = plan, len(kept), wants_hidden
+        if wants_hidden:
+            ctx.save_for_backward(*slopes)
         elif wants_head:
-            ctx.save_for_backward(hidden, weight, bias, targets, *kept)
-        ctx.mark_non_differentiable(correct)
-        return logps, correct
+            ctx.save_for_backward(*inputs, *(tensor for tile in kept for tensor in tile))
+        plain = [correct]
+        plain += [] if mean is None or plan.mean_grad else [mean]
+        plain += [] if entropy is None or plan.entropy_grad else [entropy]
+        ctx.mark_non_differentiable(*plain)
+        return logps, correct, mean, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        coefficients = (d_logps, d_mean if plan.mean_grad else None, d_entropy if plan.entropy_grad else None)
         if ctx.frozen_head:
-            (slopes,) = ctx.saved_tensors
-            return slopes * grad_logps[:, None].to(slopes.dtype), None, None, None, None, None, None
-        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+            products = [
+                slope * grad[:, None].to(slope.dtype)
+                for slope, grad in zip(ctx.saved_tensors, coefficients, strict=True)
+                if slope is not None and grad is not None
+            ]
+            return sum(products[1:], start=products[0]), *[None] * 6
+        saved = ctx.saved_tensors
+        inputs = _Inputs(*saved[:6])
+        hidden, low, weight, up, bias, _ = inputs
+        wide = torch.promote_types(weight.dtype, torch.float32)  # what is summed over chunks
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Accumulated over chunks, so in float32 at least.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        for number, start in enumerate(range(0, hidden.shape[0], ctx.rows)):
-            part = slice(start, start + ctx.rows)
-            if number < ctx.kept:
-                dlogits = kept[number]
-            else:
-                _, _, exps, sums, slope = _chunk(hidden[part], weight, bias, targets[part], ctx.scale, ctx.softcap)
-                dlogits = _dlogits(exps, sums, slope, targets[part], ctx.scale)
-            dlogits = (dlogits * grad_logps[part, None]).to(weight.dtype)
+        grad_low = None if low is None else torch.empty_like(low)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[2] else None
+        grad_up = None if up is None else torch.zeros_like(up, dtype=wide)
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[4] else None
+        for number, start in enumerate(range(0, hidden.shape[0], plan.rows)):
+            part = slice(start, start + plan.rows)
+            rows = inputs.rows(part)
+            tile = _Tile(*saved[6 + 3 * number : 9 + 3 * number]) if number < ctx.kept else _forward(rows, plan)[1]
+            d_one, d_mean, d_entropy = (None if grad is None else grad[part, None] for grad in coefficients)
+            assert d_one is not None
+            dlogits = _dlogits(tile, rows.targets, plan, d_one, 0.0 if d_mean is None else d_mean, d_entropy)
+            dlogits = dlogits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = dlogits @ weight
+            if grad_low is not None and up is not None:
+                grad_low[part] = dlogits @ up
             if grad_weight is not None:
-                grad_weight.addmm_(dlogits.t().to(wide), hidden[part].to(wide))
+                grad_weight.addmm_(dlogits.t().to(wide), rows.hidden.to(wide))
+            if grad_up is not None and rows.low is not None:
+                grad_up.addmm_(dlogits.t().to(wide), rows.low.to(wide))
             if grad_bias is not None:
                 grad_bias += dlogits.sum(0)
         return (
             grad_hidden,
+            grad_low,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
+            None if grad_up is None or up is None else grad_up.to(up.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             None,
             None,
         )
+
+
+def _store_slopes(slopes: list[Tensor | None], part: slice, tile: _Tile, rows: _Inputs, plan: _Plan) -> None:
+    """Writes the gradients of a chunk's scores with respect to its hidden states; the exponentials are used up."""
+    of_logps, of_mean, of_entropy = slopes
+    if of_entropy is not None:
+        of_entropy[part] = _dlogits(tile, rows.targets, plan, entropy=1.0).to(rows.weight.dtype) @ rows.weight
+    if of_mean is not None:
+        of_mean[part] = _dlogits(tile, rows.targets, plan, mean=1.0).to(rows.weight.dtype) @ rows.weight
+    if of_logps is not None:
+        grad = _dlogits(tile, rows.targets, plan, logps=1.0, overwrite=True)
+        of_logps[part] = grad.to(rows.weight.dtype) @ rows.weight
 
 
 __all__ = ["Head", "TokenScores", "token_scores"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ftlit.models.policy import Policy
 
@@ -28,6 +30,25 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     for layer in decoder_layers(policy.lm):
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Context in which a sharded model is whole on every rank, and no layer needs the other ranks.
+
+    For generation, where ranks run the model unequally often. All ranks must enter; a model that is not sharded is left
+    as it is. It must have run at least once.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(not isinstance(part, Policy), recurse=False)
 
 
 def decoder_layers(lm: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.batch import PackedBatch
@@ -27,10 +28,12 @@ class Change(ABC):
     Attributes:
         name: Name of the weight in the unadapted model, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: Its shape.
+        input_dim: Which dimension of the weight is the layer's input: 1 for `nn.Linear`, 0 for Conv1D and embeddings.
     """
 
     name: str
     shape: torch.Size
+    input_dim: int = 1
 
     @property
     @abstractmethod
@@ -46,8 +49,8 @@ class Change(ABC):
         """Squared Frobenius norm of the change, differentiable.
 
         Args:
-            second_moment: `C = E[x x^T]` of the layer's input, `[in, in]`; then `tr(change C change^T)`, the mean
-                squared size of what the change adds to the layer's output, is returned instead.
+            second_moment: `C = E[x x^T]` of the layer's input, `[in, in]`; then `tr(change C change^T)` (with the
+                change as `[out, in]`), the mean squared size of what it adds to the layer's output, is returned.
         """
 
 
@@ -57,10 +60,11 @@ class DenseChange(Change):
     Args:
         name: Name of the weight.
         delta: The change.
+        input_dim: Which dimension of the weight is the layer's input.
     """
 
-    def __init__(self, name: str, delta: Tensor) -> None:
-        self.name, self.shape, self.delta = name, delta.shape, delta
+    def __init__(self, name: str, delta: Tensor, input_dim: int = 1) -> None:
+        self.name, self.shape, self.delta, self.input_dim = name, delta.shape, delta, input_dim
 
     @override
     @property
@@ -75,7 +79,8 @@ class DenseChange(Change):
     def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
         if second_moment is None:
             return self.delta.square().sum()
-        return (self.delta @ second_moment * self.delta).sum()
+        delta = self.delta if self.input_dim == 1 else self.delta.t()
+        return (delta @ second_moment * delta).sum()
 
 
 class LowRankChange(Change):
@@ -83,13 +88,14 @@ class LowRankChange(Change):
 
     Args:
         name: Name of the weight.
-        down: A, `[r, in]`.
-        up: B, `[out, r]`.
+        down: A, `[r, in]` (`[r, out]` where `input_dim` is 0).
+        up: B, `[out, r]` (`[in, r]` where `input_dim` is 0).
         scale: Factor on the product.
+        input_dim: Which dimension of the weight is the layer's input.
     """
 
-    def __init__(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
-        self.name, self.down, self.up, self.scale = name, down, up, scale
+    def __init__(self, name: str, down: Tensor, up: Tensor, scale: float, input_dim: int = 1) -> None:
+        self.name, self.down, self.up, self.scale, self.input_dim = name, down, up, scale, input_dim
         self.shape = torch.Size((up.shape[0], down.shape[1]))
 
     @override
@@ -103,8 +109,22 @@ class LowRankChange(Change):
 
     @override
     def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
-        down = self.down if second_moment is None else self.down @ second_moment
-        return self.scale**2 * ((down @ self.down.t()) * (self.up.t() @ self.up)).sum()
+        down, up = self.down, self.up.t()
+        if second_moment is not None and self.input_dim == 0:
+            up = up @ second_moment
+        elif second_moment is not None:
+            down = down @ second_moment
+        return self.scale**2 * ((down @ self.down.t()) * (up @ self.up)).sum()
+
+
+def input_dim(module: nn.Module, name: str) -> int:
+    """Which dimension of a parameter is its layer's input.
+
+    Args:
+        module: The module that holds it.
+        name: Its name in the module.
+    """
+    return 0 if name == "weight" and isinstance(module, Conv1D | nn.Embedding) else 1
 
 
 class PEFTStrategy(ABC):
@@ -184,6 +204,14 @@ class PEFTStrategy(ABC):
     @abstractmethod
     def start(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Context in which the model is exactly as it was when this run started."""
+
+    def lr_factor(self, name: str) -> float:
+        """Factor on the learning rate of a trained parameter.
+
+        Args:
+            name: Its name in the model.
+        """
+        return 1.0
 
     def trained(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in the model."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, DenseChange, PEFTStrategy
+from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,9 @@ class Full(PEFTStrategy):
     def changes(self, model: PreTrainedModel) -> Iterator[Change]:
         start = self._remembered()
         for name, parameter in model.named_parameters():
-            yield DenseChange(name, parameter - start[name].to(parameter.device))
+            path, _, own = name.rpartition(".")
+            delta = parameter - start[name].to(parameter.device)
+            yield DenseChange(name, delta, input_dim(model.get_submodule(path), own))
 
     @override
     def num_changed(self, model: PreTrainedModel) -> int:

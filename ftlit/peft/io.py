@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from ftlit.errors import ConfigError
 from ftlit.files import replacing, write_text
@@ -75,6 +76,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter folder.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no {WEIGHTS}; the adapter was not written completely.") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is torn or no safetensors file ({error}).") from None
+    return config, state
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PEFTStrategy:
     """Applies the strategy that an adapter folder describes and loads its weights.
 
@@ -88,14 +106,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PEFTStrategy:
     Raises:
         ConfigError: If the folder cannot be read, its method is unknown, or it belongs to another model.
     """
-    config = read_config(folder)
-    path = Path(folder) / WEIGHTS
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} has no {WEIGHTS}; the adapter was not written completely.") from None
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is torn or no safetensors file ({error}).") from None
+    config, state = read_adapter(folder)
     strategy = _class_of(config).from_peft(config, state)
     try:
         strategy.apply(model)
@@ -120,4 +131,4 @@ def _subclasses(cls: Any) -> Iterator[type[PEFTStrategy]]:
         yield from _subclasses(sub)
 
 
-__all__ = ["CONFIG", "WEIGHTS", "is_adapter", "load_adapter", "read_config", "save_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "is_adapter", "load_adapter", "read_adapter", "read_config", "save_adapter"]

@@ -6,20 +6,29 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, LowRankChange, PEFTStrategy
+from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim
+from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_copy
+from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
+from ftlit.peft.matching import Names, is_in, layer_of, pattern_key, select, shortest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
+_DOWN = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
+_FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB])$")
+# What the PEFT library adds: the frozen weight of an adapted embedding or output layer, and under `bias: all` the
+# biases of trained modules a second and third time.
+_BASE = ".base_layer.weight"
+_DOUBLE = re.compile(r"\.(original_module|modules_to_save)\.bias$")
 
 # Fields of a LoRA `adapter_config.json` that may say something: read below, or without influence on the loaded model
 # (which modules are adapted is read off the tensors).
@@ -27,22 +36,40 @@ _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type"),
     *("inference_mode", "auto_mapping", "peft_version", "qalora_group_size", "megatron_core", "ensure_weight_tying"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
 }
 
 
 class LoRA(PEFTStrategy):
     """Adds `scale * B A x` to linear layers and trains only A and B.
 
+    Where input embedding and output layer share one weight, an adapter or a trained copy of one of them leaves the
+    other as it is, as in the PEFT library; the merged model then has two weights.
+
     Args:
         rank: Rank r of the product (PEFT's `r`).
-        alpha: Numerator of the scale `alpha / rank` (PEFT's `lora_alpha`); twice the rank when left out.
-        dropout: Probability of dropping an input of A. 0 is faster and needs less memory.
+        alpha: Numerator of the scale `alpha / rank` (PEFT's `lora_alpha`); twice `rank` when left out.
+        dropout: Probability of dropping an input of A (embeddings have none). 0 is faster and needs less memory.
         target_modules: `all-linear` (every linear layer but the output layer), a list of name endings such as
-            `[q_proj, v_proj]`, or one regular expression that whole module names must match.
+            `[q_proj, v_proj]`, or one regular expression that whole module names must match. Embeddings and the output
+            layer are adapted where they are named: `[q_proj, embed_tokens, lm_head]`.
+        exclude_modules: Modules not to adapt, said in the same way.
+        layers_to_transform: Numbers of the layers to adapt; all when left out. A target module that is named in full,
+            such as `lm_head`, is adapted anyway.
+        rank_pattern: Another rank for some modules, by a regular expression that the end of the name must match, such
+            as `{q_proj: 16, layers.0.mlp.up_proj: 4}`. The first key that matches counts.
+        alpha_pattern: Another `alpha` for some modules; the others keep `alpha`, whatever their rank.
         rslora: Scale by `alpha / sqrt(rank)` instead (Kalajdzievski 2023, arXiv:2312.03732).
+        modules_to_save: Name endings of modules trained whole beside the adapters and saved with them, such as
+            `[embed_tokens, lm_head]` or `[norm]`. A frozen copy of each is kept.
+        bias: Train no biases, `all`, or those of the adapted layers (`lora_only`).
+        init: Distribution of A, whose B is zero: `default` is uniform (Kaiming), `gaussian` has standard deviation
+            `1 / rank`.
+        lr_ratio_b: Factor on the learning rate of B (LoRA+, Hayou et al. 2024, arXiv:2402.12354, which uses 16).
+        from_adapter: Adapter folder to go on from; it must fit the other settings. The run starts at its weights.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range, or settings contradict each other.
     """
 
     peft_type: ClassVar[str | None] = "LORA"
@@ -53,234 +80,352 @@ class LoRA(PEFTStrategy):
         alpha: float | None = None,
         dropout: float = 0.0,
         target_modules: list[str] | str = "all-linear",
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
         rslora: bool = False,
+        modules_to_save: list[str] | None = None,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        init: Literal["default", "gaussian"] = "default",
+        lr_ratio_b: float = 1.0,
+        from_adapter: str | None = None,
     ) -> None:
-        if rank < 1:
-            raise ConfigError(f"LoRA's rank must be at least 1, got {rank}.")
+        for name, value in {"": rank, **(rank_pattern or {})}.items():
+            if value < 1:
+                where = f" for {name!r} in rank_pattern" if name else ""
+                raise ConfigError(f"LoRA's rank{where} must be at least 1, got {value}.")
         if not 0 <= dropout < 1:
             raise ConfigError(f"LoRA's dropout must be in [0, 1), got {dropout}.")
+        if bias not in ("none", "all", "lora_only") or init not in ("default", "gaussian"):
+            raise ConfigError(
+                f"LoRA's bias is none, all or lora_only and its init default or gaussian; got {bias!r} and {init!r}."
+            )
+        if lr_ratio_b <= 0:
+            raise ConfigError(f"LoRA's lr_ratio_b must be positive, got {lr_ratio_b}.")
+        if layers_to_transform is not None and isinstance(target_modules, str) and target_modules != "all-linear":
+            raise ConfigError(
+                "LoRA's layers_to_transform goes with a list of target_modules or all-linear; "
+                f"say the layers in the regular expression {target_modules!r} itself."
+            )
         self.rank, self.dropout, self.rslora = rank, dropout, rslora
         self.alpha = 2.0 * rank if alpha is None else float(alpha)
-        self.target_modules = target_modules
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        layers = layers_to_transform
+        self.layers_to_transform = [layers] if isinstance(layers, int) else layers
+        self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+        self.modules_to_save, self.bias, self.init = list(modules_to_save or []), bias, init
+        self.lr_ratio_b, self.from_adapter = lr_ratio_b, from_adapter
+        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        expressions += [one for one in (target_modules, exclude_modules) if isinstance(one, str)]
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(f"LoRA: {expression!r} is not a regular expression ({error}).") from None
 
-    @property
-    def scale(self) -> float:
-        """The factor on `B A`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_of(self, name: str) -> int:
+        """The rank of a module's product."""
+        key = pattern_key(self.rank_pattern, name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """The numerator of a module's scale."""
+        key = pattern_key(self.alpha_pattern, name)
+        return self.alpha if key is None else float(self.alpha_pattern[key])
+
+    def scale_of(self, name: str) -> float:
+        """The factor on a module's `B A`."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+
+    @override
+    def lr_factor(self, name: str) -> float:
+        return self.lr_ratio_b if name.endswith(".lora_B") else 1.0
+
+    # ---- applying -------------------------------------------------------------------------------------------------
 
     @override
     def apply(self, model: PreTrainedModel) -> None:
         model.requires_grad_(False)
-        for name in self._targets(model):
-            linear = cast(nn.Linear, model.get_submodule(name))
-            if min(linear.weight.shape) < self.rank:
-                raise ConfigError(
-                    f"LoRA's rank {self.rank} exceeds the smaller side of {name!r} ({list(linear.weight.shape)}); "
-                    "choose a smaller rank or other target_modules."
-                )
-            _swap(model, name, LoRALinear(linear, self.rank, self.scale, self.dropout))
+        whole = self._whole(model)
+        targets = self._targets(model, whole)
+        for name in targets:
+            _check_module(name, model.get_submodule(name), self.rank_of(name))
+        for name in targets:
+            module = model.get_submodule(name)
+            kind: Any = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+            _swap(model, name, kind(module, self.rank_of(name), self.scale_of(name), self.dropout, self._gaussian))
+        for name in whole:
+            _train_whole(model.get_submodule(name))
+        if self.bias != "none":
+            self._train_biases(model)
+        if self.from_adapter is not None:
+            self._go_on(model, self.from_adapter)
 
-    def _targets(self, model: PreTrainedModel) -> list[str]:
+    @property
+    def _gaussian(self) -> bool:
+        return self.init == "gaussian"
+
+    def _whole(self, model: PreTrainedModel) -> list[str]:
+        """Modules that are trained whole, none inside another."""
+        chosen = set(_found("modules_to_save", self.modules_to_save, [name for name, _ in model.named_modules()]))
+        for name in chosen:
+            if not any(True for _ in model.get_submodule(name).parameters()):
+                raise ConfigError(f"LoRA's modules_to_save names {name!r}, which has no weights to train.")
+        names = [name for name, _ in model.named_modules()]
+        return [name for name in names if name in chosen and not is_in(name, chosen - {name})]
+
+    def _targets(self, model: PreTrainedModel, whole: list[str]) -> list[str]:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        linear = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
-        wanted = self.target_modules
-        if wanted == "all-linear":
-            found = list(linear)
-        elif isinstance(wanted, str):
-            found = [name for name in linear if re.fullmatch(wanted, name)]
+        kinds = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding)}
+        if self.target_modules == "all-linear":
+            found = [n for n, m in kinds.items() if m is not head and not isinstance(m, nn.Embedding)]
         else:
-            endings = {ending: [n for n in linear if n == ending or n.endswith("." + ending)] for ending in wanted}
-            for ending, names in endings.items():
-                if not names:
-                    self._no_match(ending, linear)
-            chosen = {name for names in endings.values() for name in names}
-            found = [name for name in linear if name in chosen]
+            found = _found("target_modules", self.target_modules, list(kinds))
+        if self.exclude_modules:
+            excluded = _found("exclude_modules", self.exclude_modules, [name for name, _ in model.named_modules()])
+            found = [name for name in found if name not in excluded]
+        if self.layers_to_transform is not None:
+            has = {layer_of(name) for name in found}
+            for layer in self.layers_to_transform:
+                if layer not in has:
+                    raise ConfigError(f"LoRA's layers_to_transform {layer} is no layer with a module to adapt.")
+            named = self.target_modules if isinstance(self.target_modules, list) else []
+            found = [name for name in found if name in named or layer_of(name) in self.layers_to_transform]
+        found = [name for name in found if not is_in(name, whole)]
         if not found:
-            self._no_match(str(wanted), linear)
+            raise ConfigError("LoRA has nothing to adapt: every target module is excluded or trained whole.")
+        for argument, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern:
+                if not _matches(key, found):
+                    _no_match(argument, key, found)
         return found
 
-    def _no_match(self, pattern: str, linear: Mapping[str, nn.Module]) -> None:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        has = (
-            f"this model has: {', '.join(endings)}."
-            if endings
-            else "this model has no torch.nn.Linear (GPT-2 has none)."
-        )
-        raise ConfigError(f"LoRA's target_modules {pattern!r} matches no linear layer that can be adapted; {has}")
+    def _train_biases(self, model: PreTrainedModel) -> None:
+        """Trains biases that are not trained yet; refuses modules that would mix half precision and float32."""
+        for name, module in list(model.named_modules()):
+            bias = dict(module.named_parameters(recurse=False)).get("bias")
+            adapted = isinstance(module, LoRALayer)
+            if bias is None or bias.requires_grad or (self.bias == "lora_only" and not adapted):
+                continue
+            if not adapted and torch.promote_types(bias.dtype, torch.float32) != bias.dtype:
+                kind = str(bias.dtype).removeprefix("torch.")
+                raise ConfigError(
+                    f"LoRA's bias: all would train {name}.bias in {kind}, which loses small updates; use bias: "
+                    "lora_only, or trainer.precision 32-true."
+                )
+            train_copy(module, "bias")
+        if not any(copy.name == "bias" for copy in copies(model)):
+            raise ConfigError(f"LoRA's bias: {self.bias} finds no bias in this model; leave it out.")
+
+    def _go_on(self, model: PreTrainedModel, folder: str) -> None:
+        """Loads an adapter and makes its weights the start."""
+        from ftlit.peft.io import read_adapter
+
+        config, state = read_adapter(folder)
+        saved = self.from_peft(config, state)
+        assert isinstance(saved, LoRA)
+        for name in self._adapters(model):
+            own, theirs = (f"rank {o.rank_of(name)} and scale {o.scale_of(name):g}" for o in (self, saved))
+            if name in saved.target_modules and own != theirs:
+                raise ConfigError(
+                    f"the adapter in {folder} has {theirs} for {name}, and this config {own}; give it the adapter's "
+                    "rank, alpha, rslora and patterns."
+                )
+        try:
+            self.load(model, state)
+        except ConfigError as error:
+            raise ConfigError(f"LoRA cannot go on from {folder} with these settings: {error}") from None
+        for copy in list(copies(model)):
+            train_copy(copy.module, copy.name)
+        for layer in self._adapters(model).values():
+            for part in layer.parts:
+                train_copy(layer, part)
 
     @staticmethod
-    def _adapters(model: PreTrainedModel) -> dict[str, LoRALinear]:
-        return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    def _adapters(model: PreTrainedModel) -> dict[str, LoRALayer]:
+        return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+    # ---- what changed ---------------------------------------------------------------------------------------------
 
     @override
     def changes(self, model: PreTrainedModel) -> Iterator[Change]:
-        for name, module in self._adapters(model).items():
-            yield LowRankChange(f"{name}.weight", module.lora_A, module.lora_B, module.scale)
+        for name, layer in self._adapters(model).items():
+            yield layer.change(f"{name}.weight")
+        for copy in copies(model):
+            if not copy.name.startswith("lora_"):
+                delta = copy.trained - copy.start.to(copy.trained.dtype)
+                yield DenseChange(copy.full_name, delta, input_dim(copy.module, copy.name))
 
     @override
     @contextmanager
     def start(self, model: PreTrainedModel) -> Iterator[None]:
-        adapters = self._adapters(model).values()
-        was = [module.enabled for module in adapters]
+        # A layer that goes on from another adapter starts with that one's product, any other without one.
+        layers = [layer for layer in self._adapters(model).values() if not layer.goes_on]
+        was = [layer.enabled for layer in layers]
         try:
-            for module in adapters:
-                module.enabled = False
-            yield
+            for layer in layers:
+                layer.enabled = False
+            with at_start(model):
+                yield
         finally:
-            for module, enabled in zip(adapters, was, strict=True):
-                module.enabled = enabled
+            for layer, enabled in zip(layers, was, strict=True):
+                layer.enabled = enabled
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
 
     @override
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return {
-            f"{_PREFIX}{name}.{part}.weight": getattr(module, part).detach()
-            for name, module in self._adapters(model).items()
-            for part in ("lora_A", "lora_B")
+        adapters = self._adapters(model)
+        state = {
+            f"{_PREFIX}{name}.{part}{layer.suffix}": layer.get_parameter(part).detach()
+            for name, layer in adapters.items()
+            for part in layer.parts
         }
+        for copy in copies(model):
+            if not copy.name.startswith("lora_"):
+                inner = "base_layer." if copy.path in adapters else ""
+                state[f"{_PREFIX}{copy.path}.{inner}{copy.name}"] = copy.trained.detach()
+        return state
 
     @override
     @torch.no_grad()
+    def load(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+        for key in [key for key in state if key.endswith(_BASE)]:
+            layer = self._adapters(model).get(key.removeprefix(_PREFIX).removesuffix(_BASE))
+            if layer is None or not _same(layer.weight, state[key]):
+                raise ConfigError(
+                    f"this adapter carries a weight {key!r} that is not the model's; give the base model it was "
+                    "trained on, with the same vocabulary."
+                )
+        own = {key: t for key, t in state.items() if not key.endswith(_BASE) and not _DOUBLE.search(key)}
+        super().load(model, own)
+
+    @override
     def merge(self, model: PreTrainedModel) -> None:
-        for name, module in self._adapters(model).items():
-            wide = torch.promote_types(module.weight.dtype, torch.float32)
-            delta = module.scale * (module.lora_B.to(wide) @ module.lora_A.to(wide))
-            linear = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
-            linear.in_features, linear.out_features = module.in_features, module.out_features
-            linear.weight = nn.Parameter((module.weight.to(wide) + delta).to(module.weight.dtype), requires_grad=False)
-            if module.bias is not None:
-                linear.bias = module.bias
-            _swap(model, name, linear)
+        merge_copies(model)
+        for name, layer in self._adapters(model).items():
+            _swap(model, name, layer.merged())
+        _untie(model)
 
     @override
     def peft_config(self, model: PreTrainedModel) -> dict[str, Any]:
+        adapters = self._adapters(model)
+        modules = [name for name, _ in model.named_modules()]
+        ranks = {name: layer.factors[0].shape[0] for name, layer in adapters.items()}
+        alphas = {name: self.alpha_of(name) for name in adapters}
         return {
             "peft_type": "LORA",
             "r": self.rank,
-            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_alpha": _plain(self.alpha),
             "lora_dropout": self.dropout,
-            "target_modules": _endings(list(self._adapters(model)), model),
+            "target_modules": shortest(adapters, modules),
+            # By whole names: the order of overlapping expressions would be lost in a sorted file.
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.rank},
+            "alpha_pattern": {name: _plain(alpha) for name, alpha in alphas.items() if alpha != self.alpha},
             "use_rslora": self.rslora,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
+            "modules_to_save": self._saved_whole(model, modules) or None,
+            "bias": self.bias,
+            "fan_in_fan_out": any(isinstance(one, LoRALinear) and one.transposed for one in adapters.values()),
+            "init_lora_weights": "gaussian" if self._gaussian else True,
         }
+
+    def _saved_whole(self, model: PreTrainedModel, modules: list[str]) -> list[str]:
+        """`modules_to_save` for the PEFT library, where `norm` also means `input_layernorm`."""
+        whole = self._whole(model)
+        meant = [name for name in modules if any(name.endswith(ending) for ending in self.modules_to_save)]
+        return sorted(self.modules_to_save if meant == whole else whole)
 
     @override
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PEFTStrategy:
         unsupported = sorted(field for field, value in config.items() if value and field not in _UNDERSTOOD)
-        if config.get("bias", "none") != "none":
-            unsupported.append("bias")
         if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
             # PiSSA, OLoRA and their kin also change the base model when they are loaded.
             unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")
-        unsupported += sorted({"other tensors" for key in state if not re.search(r"\.lora_[AB]\.weight$", key)})
+        names = [key.removeprefix(_PREFIX) for key in state]
+        # The tensors say which modules are adapted; the config may say it by pattern, layer number or default.
+        modules = sorted({_FACTOR.sub("", name) for name in names if _FACTOR.search(name)})
+        rest = [name for name in names if not _FACTOR.search(name) and not name.endswith(_BASE)]
+        if config.get("ensure_weight_tying") and any(re.search(r"(embed|wte|lm_head)", name) for name in names):
+            unsupported.append("ensure_weight_tying")
+        bias: Any = config.get("bias") or "none"
+        if bias != "none":
+            rest = [name for name in rest if not name.endswith(".bias")]
+        endings = list(config.get("modules_to_save") or [])
+        whole = sorted({_module_to_save(name, endings) for name in rest})
+        if "" in whole:
+            unsupported.append("other tensors")
         if unsupported:
             raise ConfigError(f"this LoRA adapter uses {', '.join(unsupported)}, which ftlit cannot read yet.")
-        # The tensors say which modules are adapted; the config may say it by pattern, layer number or default.
-        modules = sorted({key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in state})
+        rank = int(config.get("r", 8))
+        # Ranks too: the file sorts the keys of a pattern, of which the first that matches would count.
+        ranks = {
+            _FACTOR.sub("", name): t.shape[0]
+            for name, t in zip(names, state.values(), strict=True)
+            if _DOWN.search(name)
+        }
         return cls(
-            rank=int(config.get("r", 8)),
+            rank=rank,
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
             target_modules=modules,
             rslora=bool(config.get("use_rslora", False)),
+            rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
+            alpha_pattern={k: v for k, v in (config.get("alpha_pattern") or {}).items() if _matches(k, modules)},
+            modules_to_save=whole,
+            bias=bias,
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
         )
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank product beside it; it keeps the names `weight` and `bias`.
+def _found(argument: str, wanted: Names, names: list[str]) -> list[str]:
+    """The names that are meant, in the order of the model.
 
-    Args:
-        linear: The layer to adapt; its weight and bias are shared, not copied.
-        rank: Rank of the product.
-        scale: Factor on the product.
-        dropout: Probability of dropping an input of A.
+    Raises:
+        ConfigError: If a wish selects nothing.
     """
+    chosen: set[str] = set()
+    for wish, selected in select(wanted, names).items():
+        if not selected:
+            _no_match(argument, wish, names)
+        chosen |= set(selected)
+    return [name for name in names if name in chosen]
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.dropout, self.enabled = scale, dropout, True
-        # Adapters stay in float32 under a half-precision base: bfloat16 would lose small updates.
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        options: dict[str, Any] = {"dtype": dtype, "device": linear.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, rank={self.lora_A.shape[0]}, scale={self.scale}"
+def _no_match(argument: str, wish: str, names: list[str]) -> None:
+    kind = "linear layer or embedding that can be adapted" if argument == "target_modules" else "module"
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names} - {""})
+    endings = [ending for ending in endings if not ending.isdigit()]
+    raise ConfigError(f"LoRA's {argument} {wish!r} matches no {kind}; this model has: {', '.join(endings)}.")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x W^T + b + scale * dropout(x) A^T B^T`, shape `[..., in] -> [..., out]`."""
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = self.weight.dtype
-        x = x.to(dtype)
-        if not self.enabled:
-            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return cast(
-            Tensor,
-            _LowRankLinear.apply(
-                x,
-                dropped,
-                self.weight.to(dtype),
-                None if self.bias is None else self.bias.to(dtype),
-                self.lora_A,
-                self.lora_B,
-                self.scale,
-            ),
+
+def _check_module(name: str, module: nn.Module, rank: int) -> None:
+    weight: Any = module.weight
+    if min(weight.shape) < rank:
+        raise ConfigError(
+            f"LoRA's rank {rank} exceeds the smaller side of {name!r} ({list(weight.shape)}); "
+            "choose a smaller rank or other target_modules."
+        )
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+    scaled = isinstance(module, nn.Embedding) and isinstance(getattr(module, "embed_scale", None), Tensor)
+    if not (plain or scaled) or getattr(module, "max_norm", None) is not None:
+        raise ConfigError(
+            f"LoRA cannot adapt {name!r}: a {type(module).__name__} does more than multiply or look up; exclude it, or "
+            "train it whole with modules_to_save."
         )
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """The layer as one function: it saves the input of A and the `r`-wide product, and no gradient of W is made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-    ) -> Tensor:
-        flat = dropped.reshape(-1, dropped.shape[-1])
-        low = flat @ down.to(x.dtype).t()
-        out = F.linear(x.reshape(flat.shape), weight, bias)
-        out.addmm_(low, up.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(flat, low, weight, down, up)
-        ctx.scale, ctx.shape, ctx.same = scale, x.shape, dropped is x
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, low, weight, down, up = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        # The thin matrix goes first in each product: with it second, CPU kernels take twice as long.
-        low_t = (up.to(grad.dtype).t() @ grad.t()).mul_(ctx.scale)  # [r, T]
-        grad_down = (low_t @ flat).to(down.dtype) if ctx.needs_input_grad[4] else None
-        grad_up = (low.t() @ grad).mul_(ctx.scale).t().to(up.dtype) if ctx.needs_input_grad[5] else None
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if ctx.same:
-                grad_x.addmm_(low_t.t(), down.to(grad.dtype))
-            else:
-                grad_dropped = (low_t.t() @ down.to(grad.dtype)).view(ctx.shape)
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_down, grad_up, None
+def _train_whole(module: nn.Module) -> None:
+    """Trains every parameter of a module, and of what is inside it."""
+    for part in module.modules():
+        names = [name for name, _ in part.named_parameters(recurse=False)]
+        narrow = {part.get_parameter(name).dtype for name in names}
+        for name in names:
+            train_copy(part, name)
+        for dtype in narrow - {torch.float32, torch.float64}:
+            keep_dtype(part, dtype)
 
 
 def _swap(model: PreTrainedModel, name: str, module: nn.Module) -> None:
@@ -290,9 +435,33 @@ def _swap(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _endings(names: list[str], model: PreTrainedModel) -> list[str]:
-    """The shortest list of name endings that selects exactly `names`, for PEFT's `target_modules`."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | LoRALinear)]
-    selected = {name for name in every if name.rsplit(".", 1)[-1] in endings}
-    return endings if selected == set(names) else sorted(names)
+def _untie(model: PreTrainedModel) -> None:
+    """Says in the config of a merged model that its embedding and output layer are no longer one weight."""
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embed.weight:
+        model.config.tie_word_embeddings = False
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same in the narrower of their types."""
+    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    return ours.shape == theirs.shape and torch.equal(ours.to(dtype), theirs.to(ours.device, dtype))
+
+
+def _plain(number: float) -> float:
+    """An integer where it is one, as the PEFT library writes it."""
+    return int(number) if number == int(number) else number
+
+
+def _module_to_save(parameter: str, endings: list[str]) -> str:
+    """The module of `modules_to_save` that a tensor belongs to; empty if none."""
+    parts = parameter.split(".")
+    paths = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((path for path in paths if any(path.endswith(ending) for ending in endings)), "")
+
+
+def _matches(key: str, names: list[str]) -> bool:
+    return any(pattern_key({key: 0}, name) for name in names)
+
+
+__all__ = ["LoRA"]

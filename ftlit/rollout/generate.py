@@ -1,19 +1,40 @@
-"""Batched generation with any strategy."""
+"""Batched generation with any strategy.
+
+A loop of its own, not `model.generate`: answers that ended leave the batch, each row draws its samples from its own
+seed (so that batches, ranks and training cannot change them), and nothing in a model's generation config (a repetition
+penalty, a top-k) changes what is measured.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from ftlit.data.templating import ChatTemplate
-from ftlit.errors import DataError
+from ftlit.errors import ConfigError, DataError
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Answer(NamedTuple):
+    """One generated answer.
+
+    Attributes:
+        tokens: Its tokens, without the end token.
+        ended: Whether the model ended it; False where `max_new_tokens` did.
+    """
+
+    tokens: list[int]
+    ended: bool
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -29,7 +50,12 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted(ends)
 
 
-@torch.no_grad()
+def seed_of(*parts: int) -> int:
+    """A seed that is a function of some whole numbers, such as (seed, step, row), in `[0, 2^63)`."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def generate(
     lm: PreTrainedModel,
     strategy: PEFTStrategy | None,
@@ -40,11 +66,41 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     streamer: Any = None,
+    batch_size: int | None = None,
+    max_tokens: int = 16384,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Answers prompts.
+    """Answers prompts; the same as `answer`, of which it returns the tokens only.
+
+    Returns:
+        The tokens of each answer, without its end token.
+    """
+    answers = answer(
+        lm, strategy, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        streamer=streamer, batch_size=batch_size, max_tokens=max_tokens, seeds=seeds,
+    )  # fmt: skip
+    return [one.tokens for one in answers]
+
+
+@torch.no_grad()
+def answer(
+    lm: PreTrainedModel,
+    strategy: PEFTStrategy | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: Any = None,
+    batch_size: int | None = None,
+    max_tokens: int = 16384,
+    seeds: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Answers prompts in batches of similar length, the longest first.
 
     Args:
-        lm: The model; training mode is restored afterwards.
+        lm: The model; training mode is restored afterwards, and no global random state is used where `seeds` are given.
         strategy: The strategy applied to it, if any.
         tokenizer: Its tokenizer.
         prompts: Tokens of each prompt.
@@ -52,64 +108,181 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
         streamer: A transformers streamer, for one prompt.
+        batch_size: Most prompts in a batch; None: as many as `max_tokens` allows.
+        max_tokens: Most places of a batch (prompts with padding, and room for the answers): bounds memory.
+        seeds: Seed of each prompt's samples; drawn from torch's global generator when left out.
 
     Returns:
-        The tokens of each answer, without its end token.
+        One answer a prompt, in the order of the prompts.
+
+    Raises:
+        ConfigError: If a prompt has no tokens.
     """
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "streamer": streamer,
-    }
-    if strategy is None or strategy.pads_prompts:
-        return _generate(lm, strategy, tokenizer, prompts, **options)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for length in sorted({len(prompt) for prompt in prompts}):
-        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        for i, answer in zip(
-            alike, _generate(lm, strategy, tokenizer, [prompts[i] for i in alike], **options), strict=True
-        ):
-            answers[i] = answer
-    return answers
-
-
-def _generate(
-    lm: PreTrainedModel,
-    strategy: PEFTStrategy | None,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    streamer: Any,
-) -> list[list[int]]:
-    """One padded batch."""
+    if any(not prompt for prompt in prompts):
+        raise ConfigError("a prompt must have at least one token, got none.")
+    if temperature > 0 and seeds is None:
+        seeds = torch.randint(1 << 62, (len(prompts),)).tolist()
+    draws = None
+    if temperature > 0 and seeds is not None:
+        draws = [_draws(seed, max_new_tokens) for seed in seeds]
     ends = end_tokens(lm, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
-    width = max(len(prompt) for prompt in prompts)
-    device = lm.get_input_embeddings().weight.device
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if strategy is not None:
-        inputs = strategy.generation_kwargs(lm, ids, mask)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    was = lm.training
+    alike_only = strategy is not None and not strategy.pads_prompts
+    found: list[Answer | None] = [None] * len(prompts)
+    modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
-        out = lm.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad,
-            streamer=streamer,
-        )  # fmt: skip
+        for rows in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, max_tokens, alike_only):
+            part = _Batch(lm, strategy, [prompts[row] for row in rows], ends, max_new_tokens)
+            uniform = None if draws is None else torch.stack([draws[row] for row in rows])
+            for row, one in zip(rows, part.run(temperature, top_p, uniform, streamer), strict=True):
+                found[row] = one
     finally:
-        lm.train(was)
-    fed = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    answers = []
-    for row in out[:, fed:].tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:stop])
-    return answers
+        for module, mode in modes:
+            module.training = mode
+    return [one for one in found if one is not None]
+
+
+def batches(
+    lengths: Sequence[int], new: int, batch_size: int | None, max_tokens: int, alike_only: bool = False
+) -> Iterator[list[int]]:
+    """Cuts prompts into batches of similar length.
+
+    Args:
+        lengths: Tokens of each prompt.
+        new: Most tokens of an answer.
+        batch_size: Most prompts in a batch; None: no bound.
+        max_tokens: Most places of a batch: prompts times (longest prompt + `new`); one prompt is always allowed.
+        alike_only: Whether all prompts of a batch must have the same length.
+
+    Yields:
+        Indices of prompts, the longest first, so that what does not fit into memory shows at once.
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        full = batch and (
+            (batch_size is not None and len(batch) >= batch_size)
+            or (len(batch) + 1) * (lengths[batch[0]] + new) > max_tokens
+            or (alike_only and lengths[row] != lengths[batch[0]])
+        )
+        if full:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | None) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: `[B, V]`.
+        temperature: 0 takes the likeliest.
+        top_p: Only the likeliest tokens are kept whose likelier ones have less than this probability together
+            (Holtzman et al. 2020, arXiv:1904.09751).
+        uniform: A number in [0, 1) for each row, float64 `[B]`: where in the distribution the sample lies.
+
+    Returns:
+        Tokens, int64 `[B]`.
+    """
+    if temperature == 0 or uniform is None:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    upto = ordered.cumsum(-1)
+    kept = ((upto - ordered) < top_p).sum(-1, keepdim=True)  # at least one: nothing comes before the likeliest
+    mass = upto.gather(-1, kept - 1)
+    place = torch.searchsorted(upto, uniform[:, None] * mass, right=True).minimum(kept - 1)
+    return tokens.gather(-1, place)[:, 0]
+
+
+def _draws(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class _Batch:
+    """Some left-padded prompts on their way to answers."""
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        strategy: PEFTStrategy | None,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        self.lm, self.ends, self.new = lm, ends, max_new_tokens
+        self.device = lm.get_input_embeddings().weight.device
+        width = max(len(prompt) for prompt in prompts)
+        pad = ends[0] if ends else 0  # masked, so any token will do
+        self.ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": mask}
+        if strategy is not None:
+            inputs = dict(strategy.generation_kwargs(lm, self.ids, mask))
+        mask = inputs.pop("attention_mask")
+        self.cache: Any = inputs.pop("past_key_values", None)
+        if self.cache is None:
+            self.cache = DynamicCache(config=lm.config)
+        known = self.cache.get_seq_length()  # a prefix: its places hold fillers
+        self.first = {name: value[:, known:] for name, value in inputs.items()}
+        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
+        self.mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
+        self.filled = mask.shape[1]
+        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """Logits of the last place of each row, `[B, V]`."""
+        out = self.lm(
+            **inputs,
+            attention_mask=self.mask[:, : self.filled],
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.keep,
+        )
+        return out.logits[:, -1]
+
+    def run(self, temperature: float, top_p: float, uniform: Tensor | None, streamer: Any) -> list[Answer]:
+        """Generates until every row has ended or has `max_new_tokens`."""
+        if streamer is not None:
+            streamer.put(self.ids.cpu())
+        total = len(self.ids)
+        out = torch.zeros(total, self.new, dtype=torch.int64, device=self.device)
+        ended = torch.zeros(total, dtype=torch.bool, device=self.device)
+        rows = torch.arange(total, device=self.device)  # which prompts are still in the batch
+        ends = torch.tensor(self.ends, dtype=torch.int64, device=self.device)
+        uniform = None if uniform is None else uniform.to(self.device)
+        # Asking a GPU whether a row has ended waits for it: rows that ran on are cut at their end token below.
+        every = 8 if self.device.type == "cuda" and streamer is None else 1
+        inputs, made = self.first, 0
+        while made < self.new:
+            logits = self._forward(**inputs)
+            token = pick(logits, temperature, top_p, None if uniform is None else uniform[rows, made])
+            out[rows, made] = token
+            ended[rows] |= torch.isin(token, ends)
+            made += 1
+            if made % every == 0:
+                alive = (~ended[rows]).nonzero()[:, 0]
+                if streamer is not None and len(alive):
+                    streamer.put(token.cpu())
+                if not len(alive):
+                    break
+                if len(alive) <= len(rows) // 2:  # halving keeps what is copied below what is saved
+                    rows, token = rows[alive], token[alive]
+                    self._leave(alive)
+            self.positions = self.positions[:, -1:] + 1
+            self.filled += 1
+            inputs = {"input_ids": token[:, None]}
+        if streamer is not None:
+            streamer.end()
+        return [self._answer(row[:made]) for row in out.tolist()]
+
+    def _leave(self, alive: Tensor) -> None:
+        """Lets the rows that ended go."""
+        self.cache.batch_select_indices(alive)
+        self.mask, self.positions = self.mask[alive], self.positions[alive]
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        stop = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        return Answer(tokens, False) if stop is None else Answer(tokens[:stop], True)

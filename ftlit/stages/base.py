@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -27,6 +27,7 @@ from ftlit.ranks import whole
 from ftlit.stages.checkpoint_io import AtomicCheckpointIO
 from ftlit.stages.fsdp import FSDP2
 from ftlit.stages.loops import position
+from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
 from ftlit.stages.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -63,12 +64,18 @@ class Stage(L.LightningModule):
             `stage.tokenizer`).
         peft: What is trained; every weight when left out.
         lr: Peak learning rate.
-        weight_decay: AdamW's decay of the trained parameters toward zero.
+        weight_decay: AdamW's decay of the trained parameters toward zero; norms and biases are left out.
+        decay_all: Decay norms and biases too.
         betas: AdamW's decay rates of the gradient's moments.
+        eps: AdamW's term in the denominator.
+        layer_decay: Factor on the rate from one layer to the one below it: the output layer learns at `lr`, the last
+            layer at `lr * layer_decay`, the embeddings slowest. 1: all alike.
         warmup: Linear warm-up: optimizer steps if 1 or more, else a share of all steps.
-        schedule: What the rate does after the warm-up.
-        min_lr: The rate at the end of a `cosine` or `linear` schedule, as a share of `lr`.
-        optimizer: Makes another optimizer than AdamW; `lr`, `weight_decay` and `betas` are then its own business.
+        schedule: What the rate does after the warm-up; `wsd` keeps it and lets it fall at the end.
+        min_lr: The rate at the end of a `cosine`, `linear` or `wsd` schedule, as a share of `lr`.
+        decay: The last part of a `wsd` schedule: optimizer steps if 1 or more, else a share of all steps.
+        optimizer: Makes another optimizer than AdamW; `lr`, `weight_decay`, `betas` and `eps` are then its own
+            business. It is given parameter groups where norms, biases or layers are treated differently.
         lr_scheduler: Makes another schedule, stepped once an optimizer step.
         gradient_checkpointing: Recompute activations in backward: about 1.5 times slower, far less memory.
         trust_remote_code: Run code that comes with the model.
@@ -83,10 +90,14 @@ class Stage(L.LightningModule):
         peft: PEFTStrategy | None = None,
         lr: float = 2e-4,
         weight_decay: float = 0.0,
+        decay_all: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        layer_decay: float = 1.0,
         warmup: float = 0.03,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        schedule: Schedule = "cosine",
         min_lr: float = 0.0,
+        decay: float = 0.1,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
@@ -95,10 +106,16 @@ class Stage(L.LightningModule):
         super().__init__()
         if lr <= 0 or warmup < 0 or not 0 <= min_lr <= 1:
             raise ConfigError(f"lr must be positive, warmup >= 0, min_lr in [0, 1]; got {lr}, {warmup}, {min_lr}.")
+        if not 0 < layer_decay <= 1 or decay < 0 or weight_decay < 0 or eps <= 0:
+            raise ConfigError(
+                "layer_decay must be in (0, 1], decay and weight_decay >= 0, eps positive; "
+                f"got {layer_decay}, {decay}, {weight_decay}, {eps}."
+            )
         self._source = (policy,)  # a tuple, so that a model is not registered a second time beside the policy
         self.strategy = peft or Full()
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup, self.schedule, self.min_lr = warmup, schedule, min_lr
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.decay_all, self.layer_decay = decay_all, layer_decay
+        self.warmup, self.schedule, self.min_lr, self.decay = warmup, schedule, min_lr, decay
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
         self.policy: Policy | None = None
@@ -188,15 +205,14 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and decay, or what the config makes instead."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = self.parameter_groups()
         if self.make_optimizer is not None:
-            optimizer = self.make_optimizer(parameters)
+            optimizer = build(self.make_optimizer, groups)
         else:
             # A gradient scaler and the fused step do not go together: the step would see scaled gradients.
             fused = str(self.trainer.precision) != "16-mixed"
-            optimizer = torch.optim.AdamW(
-                parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused
-            )
+            options: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+            optimizer = build(lambda given: torch.optim.AdamW(given, lr=self.lr, fused=fused, **options), groups)
         if self.make_scheduler is not None:
             scheduler: Any = self.make_scheduler(optimizer)
         elif self.make_optimizer is not None:
@@ -204,6 +220,16 @@ class Stage(L.LightningModule):
         else:
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate(self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters by how they are decayed and how fast they learn."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        factors = dict.fromkeys(trained, 1.0)
+        if self.policy is not None:
+            layers = int(self.policy.lm.config.num_hidden_layers) if self.layer_decay != 1 else 0
+            factors = layer_factors(trained, layers, self.layer_decay)
+        factors = {name: factor * self.strategy.lr_factor(name) for name, factor in factors.items()}
+        return parameter_groups(trained, factors, self.decay_all)
 
     @property
     def num_steps(self) -> int:
@@ -224,18 +250,7 @@ class Stage(L.LightningModule):
 
     def rate(self, total: int) -> Any:
         """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
-        warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            done = min(1.0, (step - warmup) / max(1, total - warmup))
-            if self.schedule == "constant":
-                return 1.0
-            shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
-            return self.min_lr + (1 - self.min_lr) * shape
-
-        return factor
+        return rate(total, self.schedule, self.warmup, self.min_lr, self.decay)
 
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 
@@ -434,6 +449,7 @@ class Stage(L.LightningModule):
         checkpoint["ftlit"] = {
             "trained": {name: list(shape) for name, shape in shapes.items()},
             "start_metrics": self.start_metrics,
+            "step_metrics": self.step_metrics,  # what was saved at a step may not be logged yet
             "validated_at": self._validated_at,
             "data": self._data_fingerprint(),
         }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ftlit.batch import PackedBatch, StepTotals
 from ftlit.data.datamodules import MAIN
+from ftlit.errors import ConfigError, nearest
 from ftlit.metrics import TokenNLL
+from ftlit.objectives.scores import EXTRAS, TokenScores
 from ftlit.objectives.sft import CrossEntropy, TokenObjective
 from ftlit.rollout.generate import generate
 from ftlit.stages.base import MicroLoss, Stage
@@ -21,28 +24,45 @@ class SFT(Stage):
     Args:
         args: Arguments of every stage.
         objective: Loss of each trained token; cross-entropy when left out.
+        extra_metrics: Logged besides loss, perplexity and accuracy, in training and validation: `entropy` of the
+            predicted distributions (nats a trained token). It costs a pass over the logits.
         max_new_tokens: Most tokens of an answer of `ftlit predict`.
         kwargs: Arguments of every stage.
+
+    Raises:
+        ConfigError: If an objective needs, or `extra_metrics` names, a score that does not exist.
     """
 
     def __init__(
-        self, *args: Any, objective: TokenObjective | None = None, max_new_tokens: int = 256, **kwargs: Any
+        self,
+        *args: Any,
+        objective: TokenObjective | None = None,
+        extra_metrics: list[Literal["entropy"]] | None = None,
+        max_new_tokens: int = 256,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.max_new_tokens = max_new_tokens
         self.objective = objective or CrossEntropy()
+        self.extra_metrics = tuple(extra_metrics or ())
+        _check_names(f"{type(self.objective).__name__}.needs", self.objective.needs, EXTRAS)
+        _check_names("model.extra_metrics", self.extra_metrics, ("entropy",))
         self.metrics = nn.ModuleDict()
 
     def micro_loss(self, batch: PackedBatch) -> MicroLoss:
         """Weighted sum of the token losses."""
         assert self.policy is not None
-        scores = self.policy(batch)
+        scores = self.policy(batch, needs=self.objective.needs, watch=frozenset(self.extra_metrics))
         weights = batch.target_weights.to(scores.logps.dtype)
-        logps = scores.logps.detach()
+        means = {"loss": -scores.logps, "accuracy": scores.correct, **self._extra(scores)}
         return MicroLoss(
-            loss=(self.objective(scores.logps) * weights).sum(),
-            sums={"loss": -(logps * weights).sum(), "accuracy": (scores.correct * weights).sum()},
+            loss=(self.objective(scores) * weights).sum(),
+            sums={name: (value.detach() * weights).sum() for name, value in means.items()},
         )
+
+    def _extra(self, scores: TokenScores) -> dict[str, Tensor]:
+        """The extra metrics of each token."""
+        return {name: getattr(scores, name) for name in self.extra_metrics}
 
     def total(self, totals: StepTotals) -> float:
         """The weight of the step's trained tokens."""
@@ -59,13 +79,14 @@ class SFT(Stage):
         return names if loop == "val" and names else [MAIN]
 
     def _reset(self, loop: str) -> None:
-        self.metrics = nn.ModuleDict({name: TokenNLL() for name in self._names(loop)}).to(self.device)
+        metrics = {name: TokenNLL(self.extra_metrics) for name in self._names(loop)}
+        self.metrics = nn.ModuleDict(metrics).to(self.device)
 
     def _update(self, loop: str, batch: PackedBatch, number: int) -> None:
         assert self.policy is not None
-        scores = self.policy(batch)
+        scores = self.policy(batch, watch=frozenset(self.extra_metrics))
         metric: Any = self.metrics[self._names(loop)[number]]
-        metric.update(scores.logps, scores.correct, batch.target_weights)
+        metric.update(scores.logps, scores.correct, batch.target_weights, **self._extra(scores))
 
     def _log(self, loop: str) -> None:
         values: dict[str, float] = {}
@@ -118,3 +139,9 @@ class SFT(Stage):
         assert self.policy is not None
         answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, max_new_tokens=self.max_new_tokens)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def _check_names(where: str, names: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}: there is no score {name!r}: {nearest(name, known)}")

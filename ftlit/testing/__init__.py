@@ -1,16 +1,29 @@
 """Tools for tests, also for tests of extensions: tiny models, a tiny tokenizer, conformance suites."""
 
+from importlib import import_module
 from typing import Any
 
 from ftlit.testing.tiny import FAMILIES, tiny_examples, tiny_lm, tiny_tokenizer
 
-__all__ = ["FAMILIES", "PEFTStrategySuite", "RowFormatSuite", "tiny_examples", "tiny_lm", "tiny_tokenizer"]
+__all__ = [
+    "FAMILIES",
+    "PEFTStrategySuite",
+    "RowFormatSuite",
+    "VerifierSuite",
+    "tiny_examples",
+    "tiny_lm",
+    "tiny_tokenizer",
+]
+
+_SUITES = {
+    "PEFTStrategySuite": "strategy_suite",
+    "RowFormatSuite": "row_format_suite",
+    "VerifierSuite": "verifier_suite",
+}
 
 
 def __getattr__(name: str) -> Any:
     # The suites need pytest, which is not there at run time.
-    if name in ("PEFTStrategySuite", "RowFormatSuite"):
-        from ftlit.testing import row_format_suite, strategy_suite
-
-        return getattr(strategy_suite if name == "PEFTStrategySuite" else row_format_suite, name)
+    if name in _SUITES:
+        return getattr(import_module(f"ftlit.testing.{_SUITES[name]}"), name)
     raise AttributeError(f"module 'ftlit.testing' has no attribute {name!r}")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, RowFormat
+from ftlit.data.formats.base import ROLES, Completion, Conversation, Message, Record, RowError, RowFormat, Text
 from ftlit.data.templating import ChatTemplate
-from ftlit.testing.tiny import tiny_tokenizer
+from ftlit.testing.tiny import TOOLS_TEMPLATE, tiny_tokenizer
 
 
 class RowFormatSuite(ABC):
@@ -29,11 +29,11 @@ class RowFormatSuite(ABC):
         ```
 
     Attributes:
-        golden: Rows and the turns they must become.
+        golden: Rows and what they must become: the turns as pairs of role and text, or a whole record.
         bad: Rows that must be refused, and the column at fault.
     """
 
-    golden: tuple[tuple[Mapping[str, Any], tuple[tuple[str, str], ...]], ...] = ()
+    golden: tuple[tuple[Mapping[str, Any], tuple[tuple[str, str], ...] | Record], ...] = ()
     bad: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
     @abstractmethod
@@ -46,27 +46,47 @@ class RowFormatSuite(ABC):
         assert self.bad
 
     def test_golden_rows(self) -> None:
-        """Rows become exactly these turns, leave the row as it was, and survive JSON."""
-        for row, turns in self.golden:
+        """Rows become exactly these records, leave the row as it was, and survive JSON."""
+        for row, wanted in self.golden:
             before = copy.deepcopy(row)
-            conversation = self.make()(row)
+            record = self.make()(row)
             assert row == before, "the format changed its row"
-            assert isinstance(conversation, Conversation)
-            assert conversation.messages == tuple(Message(*turn) for turn in turns)
-            assert self.make()(json.loads(json.dumps(row))) == conversation
+            assert isinstance(record, Conversation | Completion | Text)
+            assert record == self._record(wanted)
+            assert self.make()(json.loads(json.dumps(row))) == record
 
-    def test_turns_can_be_trained_on(self) -> None:
-        """Known roles, an answer at the end, and every answer comes out of the template whole."""
-        template = ChatTemplate(tiny_tokenizer())
+    @staticmethod
+    def _record(wanted: Any) -> Record:
+        if isinstance(wanted, Conversation | Completion | Text):
+            return wanted
+        return Conversation(tuple(Message(*turn) for turn in wanted))
+
+    def test_rows_can_be_trained_on(self) -> None:
+        """Known roles, an answer at the end, and what is trained comes out of the template whole."""
+        template = ChatTemplate(tiny_tokenizer(TOOLS_TEMPLATE))
         for row, _ in self.golden:
-            conversation = self.make()(row)
-            assert all(role in ROLES for role, _ in conversation.messages)
-            assert conversation.messages[-1].role == "assistant"
-            answers = [content for role, content in conversation.messages if role == "assistant"]
-            for example in template.encode(conversation):
-                trained = [t for t, w in zip(example.input_ids, example.weights, strict=True) if w]
+            record = self.make()(row)
+            if isinstance(record, Conversation):
+                assert all(message.role in ROLES for message in record.messages)
+                assert record.messages[-1].role == "assistant"
+                answers = [message.content for message in record.messages if message.role == "assistant"]
+            else:
+                answers = [record.text[1:] if isinstance(record, Text) else record.completion]
+            for example in template.encode(record):
+                trained = [int(t) for t, w in zip(example.input_ids, example.weights, strict=True) if w]
                 text = template.tokenizer.decode(trained)
                 assert any(answer in text for answer in answers)
+
+    def test_the_answer_can_be_left_out(self) -> None:
+        """A row to be answered is read up to its last answer, with or without the column that holds it."""
+        for row, _ in self.golden:
+            read = self.make()
+            prompt = read.prompt(row)
+            if isinstance(prompt, Conversation):
+                assert prompt.messages
+                assert prompt.messages[-1].role != "assistant"
+            if read.answer is not None:
+                assert read.prompt({key: value for key, value in row.items() if key != read.answer}) == prompt
 
     def test_bad_rows_name_their_column(self) -> None:
         """A bad row raises `RowError` with the column at fault, never anything else."""

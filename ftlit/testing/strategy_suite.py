@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,17 +166,22 @@ class PEFTStrategySuite(ABC):
 
     def test_changes_are_what_merging_adds(self) -> None:
         """Each change is merged weight minus base weight; norms and ranks agree with the dense change."""
-        policy, base = self.policy(), dict(self.base().named_parameters())
+        policy, base = self.policy(), _weights(self.base())
         changes = {change.name: change for change in policy.strategy.changes(policy.lm)}
         assert policy.strategy.num_changed(policy.lm) == sum(base[name].numel() for name in changes)
         dense = {name: change.materialize().detach() for name, change in changes.items()}
+        owners = {name: type(module).__name__ for name, module in self.base().named_modules()}
+        for name, change in changes.items():  # what these layers multiply from the left
+            stored_by_input = re.search(r"Conv1D|Embedding", owners[name.rpartition(".")[0]])
+            assert change.input_dim == (0 if stored_by_input and name.endswith(".weight") else 1), name
         for name, change in changes.items():
             assert change.shape == dense[name].shape == base[name].shape
             torch.testing.assert_close(change.sq_norm(), dense[name].square().sum())
             if dense[name].ndim == 2:
-                x = torch.randn(7, dense[name].shape[1], dtype=DTYPE)
+                matrix = dense[name] if change.input_dim == 1 else dense[name].t()
+                x = torch.randn(7, matrix.shape[1], dtype=DTYPE)
                 weighted = change.sq_norm(x.t() @ x / len(x))
-                torch.testing.assert_close(weighted, (x @ dense[name].t()).square().sum(1).mean())
+                torch.testing.assert_close(weighted, (x @ matrix.t()).square().sum(1).mean())
                 assert torch.linalg.matrix_rank(dense[name]) <= change.rank
         trained = policy.strategy.trained(policy.lm)
         if changes:
@@ -185,9 +191,12 @@ class PEFTStrategySuite(ABC):
         if policy.strategy.mergeable:
             merged = copy.deepcopy(policy)
             merged.strategy.merge(merged.lm)
-            for name, weight in merged.lm.named_parameters():
-                delta = weight - base[name]
-                torch.testing.assert_close(delta.detach(), dense.get(name, torch.zeros_like(delta)))
+            # Weights that are one tensor under several names change together; an adapter may part them.
+            now = _weights(merged.lm)
+            moved = {id(now[name]): delta for name, delta in dense.items()}
+            for name, weight in now.items():
+                delta = (weight - base[name]).detach()
+                torch.testing.assert_close(delta, moved.get(id(weight), torch.zeros_like(delta)))
         else:
             assert not changes, "what changes weights can be merged"
 
@@ -203,9 +212,23 @@ class PEFTStrategySuite(ABC):
         policy.strategy.merge(policy.lm)
         plain = _plain_logps(policy.lm, examples)
         torch.testing.assert_close(plain, adapted, rtol=0, atol=1e-6)
-        names = [name for name, _ in self.base().named_parameters()]
-        assert [name for name, _ in policy.lm.named_parameters()] == names
+        assert list(_weights(policy.lm)) == list(_weights(self.base()))
         assert [type(m) for m in policy.lm.modules()] == [type(m) for m in self.base().modules()]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in policy.lm.modules())
+
+    def test_the_merged_model_saves_and_loads(self, tmp_path: Path) -> None:
+        """What transformers writes of the merged model is read back as it was, shared weights included."""
+        from transformers import AutoModelForCausalLM
+
+        policy = self.policy()
+        if not policy.strategy.mergeable:
+            return
+        policy.strategy.merge(policy.lm)
+        policy.lm.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=DTYPE)
+        examples = tiny_examples()
+        expected = _plain_logps(policy.lm, examples)
+        torch.testing.assert_close(_plain_logps(again, examples), expected, rtol=0, atol=self.tolerance)
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +276,11 @@ class PEFTStrategySuite(ABC):
             if answer:
                 example = Example(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer))
                 assert policy(pack([example])).correct.all()
+
+
+def _weights(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters by name, those with several names under each."""
+    return dict(lm.named_parameters(remove_duplicate=False))
 
 
 class _Nothing(PEFTStrategy):

@@ -26,7 +26,8 @@ _COMMON: dict[str, Any] = {
 }
 
 # Settings that differ from the common ones; together they cover grouped heads, biases on projections, query-key norms,
-# sliding windows shorter than the test rows, soft-caps on attention and logits, logit scales, tied and untied heads.
+# sliding windows shorter than the test rows, soft-caps on attention and logits, logit scales, tied and untied heads,
+# learned positions and transposed weights (GPT-2).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama_untied": ("LlamaConfig", {"tie_word_embeddings": False}),
@@ -37,6 +38,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "granite": ("GraniteConfig", {"logits_scaling": 4.0}),
+    "gpt2": ("GPT2Config", {"n_inner": 24, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
 }
 
 
@@ -85,6 +87,16 @@ def tiny_examples(lengths: Sequence[int] = (9, 4, 4, 12, 7), vocabulary: int = 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# The same, showing tools and calls as JSON.
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -107,7 +107,7 @@ def logged(path, steps, **settings):
 
 def test_resumed_run_drops_rows_from_its_step_on_and_keeps_earlier(path):
     logged(path, range(5))
-    logger = logger_of(path, resumed_at=2)
+    logger = logger_of(path, last={"step": 2})
     logger.log_metrics({"a": 99}, step=3)
     assert read(path) == (
         ["step", "a", "val"],
@@ -123,8 +123,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(path, tmp_path):
     whole = tmp_path / "whole" / "metrics.csv"
     logged(whole, range(7))
     logged(path, range(5))
-    logged(path, range(3, 6), resumed_at=2)
-    logged(path, range(6, 7), resumed_at=5)
+    logged(path, range(3, 6), last={"step": 2})
+    logged(path, range(6, 7), last={"step": 5})
     assert read(path) == read(whole)
 
 
@@ -133,28 +133,35 @@ def test_a_validation_done_again_takes_the_place_of_the_first(path):
     for step in range(4):
         logger.log_metrics({"a": step}, step=step)
     logger.log_metrics({"val": 7}, step=3)
-    again = logger_of(path, resumed_at=3)
+    again = logger_of(path, last={"step": 3})
     again.log_metrics({"val": 8}, step=3)
     again.log_metrics({"a": 4}, step=4)
     assert read(path)[1][3:] == [["3", "3.0", "8.0"], ["4", "4.0", ""]]
 
 
+def test_a_row_that_was_saved_but_not_logged_is_there_after_going_on(path, tmp_path):
+    logged(path, range(3))
+    logged(path, range(4, 5), last={"step": 3, "a": 13, "val": 3})
+    logged(tmp_path / "whole/metrics.csv", range(5))
+    assert read(path) == read(tmp_path / "whole/metrics.csv")
+
+
 def test_resumed_run_without_a_file_starts_one(path):
-    logged(path, [4], resumed_at=3)
+    logged(path, [4], last={"step": 3})
     assert read(path) == (["step", "a"], [["4", "14.0"]])
 
 
 def test_resumed_run_with_an_empty_file_starts_one(path):
     path.parent.mkdir(parents=True)
     path.touch()
-    logged(path, [4], resumed_at=3)
+    logged(path, [4], last={"step": 3})
     assert read(path) == (["step", "a"], [["4", "14.0"]])
 
 
 def test_resumed_run_reads_a_file_whose_last_line_was_torn(path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"step,a\r\n0,10.0\r\n" + b"\0" * 8)  # what a power cut leaves
-    logged(path, [2], resumed_at=1)
+    logged(path, [2], last={"step": 1})
     assert read(path)[1] == [["0", "10.0"], ["2", "12.0"]]
 
 
@@ -167,7 +174,7 @@ def test_new_run_starts_a_new_file(path):
 def test_nothing_is_touched_before_the_first_metric(path):
     logged(path, range(3))
     before = path.read_bytes()
-    logger = logger_of(path, resumed_at=2)
+    logger = logger_of(path, last={"step": 2})
     logger.log_hyperparams({"lr": 1})
     assert path.read_bytes() == before
     assert (logger.name, logger.version) == ("", "")

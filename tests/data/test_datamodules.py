@@ -7,7 +7,7 @@ import torch
 
 from ftlit.batch import StepBatch
 from ftlit.data.datamodules import SFTData, Statistics
-from ftlit.data.formats import Messages
+from ftlit.data.formats import Message, Messages
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.errors import ConfigError, DataError
 from ftlit.testing import tiny_tokenizer
@@ -223,9 +223,9 @@ def test_numbers_at_the_edge_are_accepted():
 @pytest.mark.parametrize(
     ("stage", "text"),
     [
-        ("fit", "data.train is missing: give a .json or .jsonl file, or sample:identity."),
-        ("test", "data.test is missing: give a .json or .jsonl file."),
-        ("predict", "data.predict is missing: give a .json or .jsonl file."),
+        ("fit", "data.train is missing: give a file, a folder, a hub id, or sample:identity."),
+        ("test", "data.test is missing: give a file, a folder, or a hub id."),
+        ("predict", "data.predict is missing: give a file, a folder, or a hub id."),
     ],
 )
 def test_a_verb_without_its_rows_says_which(stage, text):
@@ -257,8 +257,8 @@ def test_fill_and_system_are_applied_to_every_set(write):
         assert second.startswith(system + "own Nova<|im_end|>\n")
         assert first.endswith("assistant\nNova<|im_end|>")
     first, second = (conversation.messages for conversation, _ in data.prompts)
-    assert first == (("system", "be kind"), ("user", "who?"))
-    assert second == (("system", "own Nova"), ("user", "you?"))
+    assert first == (Message("system", "be kind"), Message("user", "who?"))
+    assert second == (Message("system", "own Nova"), Message("user", "you?"))
 
 
 def test_fill_reaches_the_system_turn_that_was_given(write):
@@ -276,7 +276,8 @@ def test_predict_prompts_leave_the_last_answer_out(write):
     head = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
     long = head + "a1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
     assert [decode(ids) for _, ids in data.prompts] == [long, long, head]
-    assert [conversation.messages for conversation, _ in data.prompts] == [tuple(turns[:3])] * 2 + [(turns[0],)]
+    found = [[(m.role, m.content) for m in conversation.messages] for conversation, _ in data.prompts]
+    assert found == [turns[:3]] * 2 + [turns[:1]]
     batches = list(data.predict_dataloader())
     assert [len(batch) for batch in batches] == [2, 1]
     assert [ids for batch in batches for ids in batch] == [ids for _, ids in data.prompts]
@@ -354,3 +355,183 @@ def test_loaders_follow_ranks_and_accumulation_of_the_trainer(write):
     assert sorted(i for rank in seen for step in rank for part in step for i in part) == list(range(24))
     assert sorted(evaluated[0] + evaluated[1]) == list(range(24))
     assert not set(evaluated[0]) & set(evaluated[1])
+
+
+def mixed(write, **settings):
+    first = write([alpaca("q", "a" * (i + 1)) for i in range(8)], "first.jsonl")
+    second = write([{"text": "x" * (40 + i)} for i in range(4)], "second.jsonl")
+    return data_of({first: 3, second: 1}, **settings)
+
+
+def test_weights_are_shares_of_the_trained_tokens(write):
+    data = mixed(write, batch_size=1, max_length=32)
+    planner = data.planner()
+    taken = {"first": 0, "second": 0}
+    for epoch in range(40):
+        for step in planner.plan(epoch):
+            for index in step.ranks[0][0]:
+                name = "first" if "first.jsonl" in data.where(index) else "second"
+                taken[name] += data.sets["train"][index].num_targets
+    assert taken["first"] / (taken["first"] + taken["second"]) == pytest.approx(0.75, abs=0.01)
+    train = data.describe()
+    assert train[0].startswith("train: 12 rows, 4 of them cut into 8 windows; ")
+    assert train[1].startswith("first.jsonl: ")
+    assert "(asked for 75.0%), " in train[1]
+    assert "each 1.00 times" in train[2]
+    assert any(
+        line.split()[:6] == ["an", "epoch", "of", f"{len(data.mixture):,}", "examples", "trained"]
+        for line in data.report()
+    )
+
+
+def test_weights_and_validation_go_together(write):
+    data = mixed(write, validation=0.25)
+    assert len(data.sets["validation:main"]) == 3
+    assert len(data.mixture.targets[0]) + len(data.mixture.targets[1]) == len(data.sets["train"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"train": {"a.jsonl": 0}}, "data.train: the weight of a.jsonl must be a positive number, got 0."),
+        ({"train": {"a.jsonl": float("nan")}}, "data.train: the weight of a.jsonl must be a positive number, got nan."),
+        (
+            {"train": "a.jsonl", "epoch_tokens": 5},
+            "data.epoch_tokens goes with weights in data.train, such as {a.jsonl: 3, b.jsonl: 1}.",
+        ),
+        ({"epoch_tokens": 0, "train": {"a": 1}}, "data.epoch_tokens must be at least 1 trained tokens, got 0."),
+        ({"num_workers": -1}, "data.num_workers must be at least 0 processes, got -1."),
+        ({"truncate": "middle"}, "data.truncate must be end, start or drop, got 'middle'."),
+        ({"train_on": "some"}, "data.train_on must be assistant, last or all, got 'some'."),
+        ({"on_bad_row": "ignore"}, "data.on_bad_row must be error or skip, got 'ignore'."),
+    ],
+)
+def test_bad_settings_are_refused(settings, text):
+    with pytest.raises(ConfigError) as error:
+        SFTData(**settings)
+    assert str(error.value) == text
+
+
+def test_where_names_file_and_row_of_an_example(write):
+    long = [{"text": "x" * 50}, {"text": "y" * 50}]
+    data = data_of([write(numbered(3), "a.jsonl"), write(long, "b.jsonl")], validation=0.2, max_length=32, seed=1)
+    names = [data.where(i).rpartition("/")[2] for i in range(len(data.sets["train"]))]
+    held_out = {"a.jsonl, row 1", "a.jsonl, row 2", "a.jsonl, row 3", "b.jsonl, row 1", "b.jsonl, row 2"} - set(names)
+    assert len(held_out) == 1
+    for index, name in enumerate(names):
+        number = int(name[-1]) - 1
+        wanted = f"q{number:02}" if name.startswith("a") else "xy"[number]
+        assert wanted in texts(data, "train")[index]
+    assert names == sorted(names)
+
+
+def test_the_fingerprint_follows_the_tokens_and_the_order_and_not_the_batch(write):
+    path = write(numbered(6))
+    first = data_of(path).fingerprint()
+    assert data_of(path, batch_size=3, max_tokens=99, num_workers=0, cache=False).fingerprint() == first
+    assert data_of(write(numbered(6), "copy.jsonl")).fingerprint() == first
+    others = [
+        data_of(path, seed=1),
+        data_of(path, shuffle=False),
+        data_of(path, max_length=24),
+        data_of(path, train_on="all"),
+        data_of(write(numbered(5), "less.jsonl")),
+        data_of({path: 1.0}),
+        data_of({path: 1.0}, epoch_tokens=8),
+    ]
+    assert len({first, *(data.fingerprint() for data in others)}) == 8
+
+
+def test_bad_rows_are_listed_and_counted(write, capsys):
+    path = write([alpaca("q", "a"), *[alpaca("q", "")] * 7, alpaca("r", "b")])
+    data = data_of(path, on_bad_row="skip", validation=0.5)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: 7 of 9 rows cannot be read and are skipped:"
+    assert said[1] == f"  {path}, row 2: column 'output' must hold non-empty text, got ''."
+    assert said[-1] == "  and 2 more"
+    assert len(said) == 7
+    assert [(c.rows, c.refused, c.examples) for c in data.statistics] == [(1, 0, 1), (8, 7, 1)]
+    with pytest.raises(DataError, match=r"train: none of 2 rows can be read; the first: .*row 1: column 'output'"):
+        data_of(write([alpaca("q", "")] * 2), on_bad_row="skip")
+
+
+def test_bad_rows_to_be_answered_are_skipped_too(write, capsys):
+    path = write([{"instruction": "q"}, {"instruction": ""}])
+    data = data_of(None, "predict", predict=path, on_bad_row="skip")
+    assert len(data.prompts) == 1
+    assert "1 of 2 rows cannot be read" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"row 2: column 'instruction'"):
+        data_of(None, "predict", predict=path)
+
+
+def test_prompts_without_a_template(write):
+    data = data_of(None, "predict", predict=write([{"prompt": "Once upon"}]))
+    ((conversation, ids),) = data.prompts
+    assert data.template.tokenizer.decode(ids) == "Once upon"
+    assert conversation.messages == (Message("user", "Once upon"),)
+
+
+def test_a_row_of_nothing_to_answer_is_refused(write):
+    path = write([{"messages": [{"role": "assistant", "content": "hello"}]}])
+    with pytest.raises(DataError, match=r"row 1: holds no turn to answer"):
+        data_of(None, "predict", predict=path)
+
+
+def test_duplicates_and_rows_that_are_also_in_train_are_counted(write):
+    path = write([*numbered(3), *numbered(2), alpaca("q00", "a00", note="other")])
+    data = data_of(path, validation=write(numbered(5)[1:], "held.jsonl"))
+    train, held_out = data.statistics
+    assert (train.duplicates, held_out.duplicates, held_out.in_train) == (3, 0, 2)
+    assert "3 duplicates" in train.line()
+    assert "2 of them also in train (!)" in held_out.line()
+    page = "\n".join(data.report())
+    assert "3 of the rows are equal to an earlier one" in page
+    assert "warning: 2 of the rows are also in train" in page
+    assert "columns not read: note" in page
+
+
+@pytest.mark.parametrize(
+    ("truncate", "shown", "counts"),
+    [("end", "⟦aaaaa⟧", (1, 0)), ("start", "⟦aaaaaaaaaa<|im_end|>⟧", (1, 0)), ("drop", "⟦b<|im_end|>⟧", (0, 1))],
+)
+def test_what_is_cut_can_be_chosen(write, truncate, shown, counts):
+    data = data_of(write([alpaca("q", "a" * 10), alpaca("q", "b")]), max_length=25, truncate=truncate)
+    assert data.rendered(0).endswith(shown)
+    assert (data.statistics[0].truncated, data.statistics[0].drops.get("longer than max_length", 0)) == counts
+
+
+def test_a_model_without_a_template_is_told_once(write, capsys):
+    path = write(numbered(2))
+    data = SFTData(path, validation=path)
+    data.use_tokenizer(tiny_tokenizer(None))
+    data.setup("fit")
+    assert data.rendered() == "### User:\nq00\n\n### Assistant:\n⟦a00<|im_end|>⟧"
+    assert capsys.readouterr().out.count("has no chat template, so the plain one is used") == 1
+    data = SFTData(write([{"text": "raw"}]))
+    data.use_tokenizer(tiny_tokenizer(None))
+    data.setup("fit")
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_but_untrained_rows_is_refused(write):
+    with pytest.raises(DataError, match="none of 2 rows has anything to train on: each has weight 0 or train false"):
+        data_of(write([alpaca("q", "a", weight=0)] * 2))
+    with pytest.raises(DataError, match=r"data\.train: b\.jsonl has nothing left to train on; leave it out\."):
+        data_of({write([alpaca("q", "a")], "a.jsonl"): 1, write([alpaca("q", "a", weight=0)], "b.jsonl"): 1})
+
+
+def test_only_a_system_turn_is_refused(write):
+    with pytest.raises(DataError, match=r"row 1: a conversation needs at least one assistant turn"):
+        data_of(write([{"messages": [{"role": "system", "content": "s"}]}]))
+
+
+def test_columns_that_no_file_has_are_refused_and_files_that_need_none_are_read(write):
+    odd = write([{"Frage": "q", "Antwort": "a"}], "odd.jsonl")
+    names = {"instruction": "Frage", "output": "Antwort"}
+    data = data_of([write(numbered(2)), odd], columns=names, validation=write(numbered(2), "held.jsonl"))
+    assert len(data.sets["train"]) == 3
+    with pytest.raises(DataError) as error:
+        data_of(write(numbered(2)), columns={"output": "outputs"})
+    assert str(error.value) == (
+        "data.columns gives 'outputs' for 'output', but no file of data.train has such a column: did you mean 'output'?"
+    )

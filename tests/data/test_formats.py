@@ -1,6 +1,17 @@
 import pytest
 
-from ftlit.data.formats import BUILT_IN, Alpaca, Conversation, Message, Messages, RowError, detect
+from ftlit.data.formats import (
+    BUILT_IN,
+    Alpaca,
+    Conversation,
+    Message,
+    Messages,
+    PromptCompletion,
+    RawText,
+    RowError,
+    ShareGPT,
+    detect,
+)
 from ftlit.data.formats.base import show
 from ftlit.errors import DataError
 
@@ -15,7 +26,7 @@ GOLDEN_MESSAGES = [
             {"role": "user", "content": " hi\n"},
             {"role": "assistant", "content": "\nyo "},
             {"role": "tool", "content": "{}"},
-            {"role": "assistant", "content": "é", "name": "ignored"},
+            {"role": "assistant", "content": "é", "name": None},
         ],
         [("system", ""), ("user", " hi\n"), ("assistant", "\nyo "), ("tool", "{}"), ("assistant", "é")],
     ),
@@ -32,7 +43,7 @@ def test_messages_keep_roles_order_and_text(turns, expected):
 
 def test_messages_read_a_tuple_and_another_column():
     row = {"chat": ({"role": "user", "content": "hi"},), "messages": None}
-    assert Messages(column="chat")(row).messages == (("user", "hi"),)
+    assert Messages(column="chat")(row).messages == (Message("user", "hi"),)
 
 
 GOLDEN_ALPACA = [
@@ -152,23 +163,41 @@ def test_shown_values_are_cut_to_60_characters():
         (["instruction", "output"], Alpaca),
         (["history", "input", "instruction", "output", "system"], Alpaca),
         (["instruction", "messages", "output"], Messages),
+        (["conversations", "id"], ShareGPT),
+        (["completion", "prompt"], PromptCompletion),
+        (["text", "url"], RawText),
     ],
 )
 def test_format_follows_from_columns(columns, kind):
     assert type(detect(columns, "rows.jsonl")) is kind
 
 
-@pytest.mark.parametrize(
-    ("columns", "listed"),
-    [(["output", "instructions"], "instructions, output"), (["instruction"], "instruction"), ([], "(none)")],
+KNOWN = (
+    "(Messages needs messages; ShareGPT needs conversations; Alpaca needs instruction, output; "
+    "PromptCompletion needs prompt, completion; RawText needs text)"
 )
-def test_columns_that_fit_nothing_name_every_format(columns, listed):
+
+
+@pytest.mark.parametrize(
+    ("columns", "listed", "advice"),
+    [
+        (["output", "instructions"], "instructions, output", ": {instruction: instructions, output: output}"),
+        (["question", "answer"], "answer, question", ": {instruction: question, output: answer}"),
+        (["Frage", "id", "Antwort"], "Antwort, Frage, id", ": {instruction: Frage, output: Antwort}"),
+        (["dialogue"], "dialogue", ": {messages: dialogue}"),
+        (["content", "url", "n"], "content, n, url", ": {text: content}"),
+        (["x", "y"], "x, y", ": {instruction: x, output: y}"),
+        (["x", "y", "z"], "x, y, z", ""),
+        ([], "(none)", ""),
+    ],
+)
+def test_columns_that_fit_nothing_name_every_format_and_what_to_set(columns, listed, advice):
     with pytest.raises(DataError) as error:
         detect(columns, "rows.jsonl")
+    suggested = f"Say which is which, such as data.columns{advice}" if advice else "Say which is which: data.columns"
     assert str(error.value) == (
-        f"rows.jsonl: columns {listed} fit no known row format "
-        "(Messages needs messages; Alpaca needs instruction, output). "
-        "Rename the columns or give data.format a class of your own."
+        f"rows.jsonl: columns {listed} fit no known row format {KNOWN}. {suggested}, or give data.format a class of "
+        "your own."
     )
 
 

@@ -12,7 +12,7 @@ from ftlit.data.sources import Source, fill, with_system
 from ftlit.errors import DataError
 
 OK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
-TURNS = (("user", "hi"), ("assistant", "yo"))
+TURNS = (Message("user", "hi"), Message("assistant", "yo"))
 BOM = b"\xef\xbb\xbf"
 
 
@@ -34,7 +34,7 @@ def write(tmp_path):
 
 
 def conversations(source):
-    return [source.conversation(i).messages for i in range(len(source))]
+    return [source.record(i).messages for i in range(len(source))]
 
 
 def answered(answer):
@@ -67,7 +67,7 @@ def error_of(name):
 )
 def test_rows_are_read_in_order(write, name, text):
     source = Source(write(name, text))
-    assert conversations(source) == [TURNS, (("user", "hi"), ("assistant", "no"))]
+    assert conversations(source) == [TURNS, (Message("user", "hi"), Message("assistant", "no"))]
     assert len(source) == 2
     assert type(source.row_format) is Messages
 
@@ -80,14 +80,14 @@ def test_format_is_detected_or_as_given(write):
     rows = [{"instruction": "i", "output": "o", "chat": OK["messages"]}]
     name = write("rows.jsonl", rows)
     assert type(Source(name).row_format) is Alpaca
-    assert Source(name, Messages(column="chat")).conversation(0).messages == TURNS
+    assert Source(name, Messages(column="chat")).record(0).messages == TURNS
 
 
 def test_text_that_looks_like_numbers_stays_text(write):
     rows = [{"instruction": "1+1", "output": "2", "input": "007"}, {"instruction": "10/4", "output": "2.5"}]
     for name in (write("rows.jsonl", rows), write("rows.json", json.dumps(rows))):
         assert [turns[-1].content for turns in conversations(Source(name))] == ["2", "2.5"]
-        assert Source(name).conversation(0).messages[0].content == "1+1\n007"
+        assert Source(name).record(0).messages[0].content == "1+1\n007"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
@@ -129,7 +129,7 @@ def test_a_row_of_another_type_is_named(write, name, bad, column, got):
 def test_a_bad_row_is_counted_from_one(write):
     path = write("rows.jsonl", [OK, {"messages": []}])
     assert error_of(path) == f"{path}, row 2: column 'messages' must hold a list of at least one message, got []."
-    assert Source(path).conversation(0).messages == TURNS
+    assert Source(path).record(0).messages == TURNS
 
 
 def test_a_missing_column_is_named_by_row(write):
@@ -138,7 +138,7 @@ def test_a_missing_column_is_named_by_row(write):
 
 
 def test_at_adds_file_and_row_and_keeps_the_kind_of_error(write):
-    source = Source(write("rows.jsonl", [OK]))
+    source = Source(write("rows.jsonl", [OK] * 7))
     with pytest.raises(DataError, match=r"rows\.jsonl, row 7: too odd$"), source.at(6):
         raise DataError("too odd")
     with pytest.raises(KeyError), source.at(6):
@@ -227,15 +227,15 @@ def test_missing_file_without_a_near_name_says_where_it_looked(tmp_path):
     assert error_of(wanted) == f"{wanted} does not exist (looked in {tmp_path / 'nowhere'})."
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("rows.csv", ".csv"), ("rows.JSONL", ".JSONL"), ("rows", "no suffix")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("rows.xlsx", ".xlsx"), ("rows", "no suffix"), ("rows.gz", ".gz"), ("rows.parquet.gz", ".gz")]
+)
 def test_wrong_suffix_is_refused(write, name, suffix):
     path = write(name, [OK])
-    assert error_of(path) == f"{path}: rows are read from .json or .jsonl files, got '{suffix}'."
-
-
-def test_a_folder_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").mkdir()
-    assert str(tmp_path / "rows.jsonl") in error_of(str(tmp_path / "rows.jsonl"))
+    assert error_of(path) == (
+        f"{path}: rows are read from .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt, .md files, "
+        f"got '{suffix}'."
+    )
 
 
 def test_a_home_folder_is_expanded(write, tmp_path, monkeypatch):
@@ -250,13 +250,13 @@ def test_a_rewritten_file_is_read_anew(write, same_time):
         path = write("rows.jsonl", [{"instruction": "i", "output": answer}])
         if same_time:  # as after `cp -p`, or from an archive with fixed times
             os.utime(path, (1_000_000_000, 1_000_000_000))
-        assert Source(path).conversation(0).messages[1].content == answer
+        assert Source(path).record(0).messages[1].content == answer
 
 
 def test_columns_of_every_row_count_where_arrow_cannot_read(write):
     # Half of a surrogate pair, as text cut in the middle of an emoji has it: Arrow refuses the file.
     path = write("rows.jsonl", '{"instruction": "a\\ud83d"}\n{"instruction": "b", "output": "p"}\n')
-    assert Source(path).conversation(1).messages == (("user", "b"), ("assistant", "p"))
+    assert Source(path).record(1).messages == (Message("user", "b"), Message("assistant", "p"))
     assert error_of(path) == f"{path}, row 1: column 'output' must hold non-empty text, got null or nothing."
 
 
@@ -285,13 +285,14 @@ CHAT = Conversation((Message("user", "I am {{user}}"), Message("assistant", "I a
 
 
 def test_fill_replaces_every_placeholder_and_leaves_others():
-    assert fill(CHAT, {"name": "Nova"}).messages == (("user", "I am {{user}}"), ("assistant", "I am Nova, Nova."))
+    filled = (Message("user", "I am {{user}}"), Message("assistant", "I am Nova, Nova."))
+    assert fill(CHAT, {"name": "Nova"}).messages == filled
     assert fill(CHAT, {}) is CHAT
 
 
 def test_system_turn_is_put_first_only_where_none_is():
-    assert with_system(CHAT, "be kind").messages == (("system", "be kind"), *CHAT.messages)
-    assert with_system(CHAT, "").messages[0] == ("system", "")
+    assert with_system(CHAT, "be kind").messages == (Message("system", "be kind"), *CHAT.messages)
+    assert with_system(CHAT, "").messages[0] == Message("system", "")
     assert with_system(CHAT, None) is CHAT
     own = Conversation((Message("system", "mine"), *CHAT.messages))
     assert with_system(own, "be kind") is own

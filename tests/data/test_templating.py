@@ -256,14 +256,6 @@ def test_conversation_that_opens_with_an_answer_is_refused_for_that_reason(token
     assert "these turns ()" not in str(error.value)
 
 
-def test_tokenizer_without_template_needs_one():
-    with pytest.raises(ConfigError) as error:
-        ChatTemplate(tiny_tokenizer(None))
-    assert str(error.value) == (
-        "this model's tokenizer has no chat template; give one as data.chat_template (a Jinja file or text)."
-    )
-
-
 def test_template_is_given_as_text_or_file(tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -276,7 +268,10 @@ def test_template_is_given_as_text_or_file(tmp_path):
 def test_template_that_is_neither_file_nor_jinja_is_refused(template):
     with pytest.raises(ConfigError) as error:
         ChatTemplate(tiny_tokenizer(), template)
-    assert str(error.value) == f"data.chat_template {template!r} is neither a file nor a Jinja template."
+    assert (
+        str(error.value)
+        == f"data.chat_template {template!r} is neither a file nor a Jinja template, nor the word plain."
+    )
 
 
 @pytest.mark.parametrize(

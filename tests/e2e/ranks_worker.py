@@ -10,8 +10,10 @@ import torch
 
 from ftlit import peft
 from ftlit.data.packing import StepLoader, StepPlanner
+from ftlit.models.shard import gathered
+from ftlit.rollout.generate import generate
 from ftlit.stages import SFT
-from ftlit.testing import tiny_examples, tiny_lm
+from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
 
 # 21 examples, eight a step: the last step of each epoch has five, which two ranks share unevenly.
 LENGTHS = (9, 4, 4, 12, 2, 7, 15, 3, 6, 6, 11, 5, 8, 2, 3, 10, 4, 9, 7, 5, 6)
@@ -74,7 +76,15 @@ def train(
     trainer.fit(stage, Data(batch_size=batch_size, max_tokens=max_tokens, seed=3))
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     weights = trainer.strategy.lightning_module_state_dict()
+    rank = trainer.global_rank  # ranks answer unequally many prompts
+    prompts = [list(example.input_ids) for example in tiny_examples((5, 8, 3))[: 3 if rank == 0 else 1]]
+    with gathered(stage.policy):
+        answers = [
+            generate(stage.policy.lm, stage.strategy, tiny_tokenizer(), [prompt], max_new_tokens=6)
+            for prompt in prompts
+        ]
     return {
+        "answers": answers,
         "weights": {n: t.clone() for n, t in weights.items() if n in trained},
         "steps": record.steps,
         "micro": record.micro,

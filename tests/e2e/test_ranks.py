@@ -80,6 +80,7 @@ def test_sharded_equals_one_rank(tmp_path):
     alone = [train(**job) for job in common]
     for result, reference in zip(results[:4], alone, strict=True):
         assert_alike(result, reference, weights=2e-6, metrics=2e-5)
+        assert result["answers"] == reference["answers"]
     assert_alike(results[4], alone[0], weights=2e-6, metrics=2e-5)
     assert_alike(results[5], alone[1], weights=2e-6, metrics=2e-5)
     for result, job in zip(results[6:], extra[2:], strict=True):

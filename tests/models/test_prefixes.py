@@ -68,7 +68,7 @@ def test_gradients_are_equal_to_the_last_digits_where_norms_do_not_round(monkeyp
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)
     lm = lm_of("llama")
-    rests = [[100 + i] + list(range(n)) for i, n in enumerate((5, 9, 70, 3))]
+    rests = [[100 + i, *range(n)] for i, n in enumerate((5, 9, 70, 3))]
     batch = pack([example(SYSTEM + rest, len(SYSTEM)) for rest in rests])
     parameters = list(lm.parameters())
     ours, plain = (torch.autograd.grad(score_packed(lm, b).logps.sum(), parameters) for b in (shared(batch), batch))

@@ -1,15 +1,20 @@
 """TRL 1.16 as the anchor of SFT with LoRA: the same loss and gradient norm at every optimizer step."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import ftlit
 from ftlit.batch import Example
 from ftlit.data.formats.base import Conversation, Message
 from ftlit.data.templating import ChatTemplate
+from ftlit.objectives.sft import DFT, LabelSmoothing
+from ftlit.stages import SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -108,3 +113,23 @@ def test_examples_of_one_length(bench, examples):
     made = bench.of_length(examples, 40, 5)
     assert [len(ids) for ids, _ in made] == [40] * 5
     assert all(weights[0] == 0 and example.num_targets for example, (_, weights) in zip(made, made, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "objective"), [({"loss_type": "dft"}, DFT()), ({"label_smoothing_factor": 0.2}, LabelSmoothing(0.2))]
+)
+def test_other_objectives_train_the_same_adapter(bench, examples, settings, adapter, monkeypatch, theirs, objective):
+    monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, **theirs))
+    monkeypatch.setattr(ftlit, "SFT", functools.partial(SFT, objective=objective), raising=False)
+    models = tiny_lm("llama"), tiny_lm("llama")
+    ours = bench.run_ftlit(examples, models[0], tiny_tokenizer(), adapter, settings)
+    other = bench.run_trl(examples, models[1], tiny_tokenizer(), adapter, settings)
+    assert [step.grad_norm for step in ours] == pytest.approx([step.grad_norm for step in other], rel=TOLERANCE)
+    trained = [
+        {n.replace(".default.weight", ""): p for n, p in lm.named_parameters() if p.requires_grad} for lm in models
+    ]
+    assert trained[0].keys() == trained[1].keys()
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(parameter, trained[1][name], rtol=0, atol=1e-4)
+    plain = bench.run_ftlit(examples, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
+    assert plain[0].loss == pytest.approx(ours[0].loss, rel=1e-6)  # the NLL is logged, whatever is minimized

@@ -213,8 +213,8 @@ def test_schedules(schedule, last):
 
 def test_an_objective_of_ones_own():
     class Square(TokenObjective):
-        def __call__(self, logps):
-            return logps.square()
+        def __call__(self, scores):
+            return scores.logps.square()
 
     _, record, _ = fit(Full(), stage={"objective": Square()}, trainer={"max_steps": 1, "max_epochs": -1})
     _, plain, _ = fit(Full(), trainer={"max_steps": 1, "max_epochs": -1})
@@ -224,8 +224,8 @@ def test_an_objective_of_ones_own():
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
     class Poison(TokenObjective):
-        def __call__(self, logps):
-            return -logps * float("nan")
+        def __call__(self, scores):
+            return -scores.logps * float("nan")
 
     module = SFT(policy=tiny_lm("llama"), peft=LoRA(rank=2), objective=Poison())
     runner = L.Trainer(

@@ -1,34 +1,105 @@
 """Row formats, one a file, and how one is chosen from the columns."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping
 
 from ftlit.data.formats.alpaca import Alpaca
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat
+from ftlit.data.formats.base import (
+    Completion,
+    Conversation,
+    Message,
+    Record,
+    RowError,
+    RowFormat,
+    Text,
+    unanswered,
+)
 from ftlit.data.formats.messages import Messages
+from ftlit.data.formats.prompt_completion import PromptCompletion
+from ftlit.data.formats.raw_text import RawText
+from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.errors import DataError
 
-BUILT_IN: tuple[type[RowFormat], ...] = (Messages, Alpaca)
+BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, RawText)
+
+# What files call the columns of a question and its answer, likeliest first; only ever used to suggest.
+_QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "user", "frage", "问题", "指令")
+_ANSWERS = (
+    *("answer", "output", "response", "completion", "solution", "target", "reply", "assistant", "label", "chosen"),
+    *("antwort", "回答", "答案", "输出"),
+)
+_LISTS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
+_TEXTS = ("text", "content", "document", "body", "article", "passage", "story", "code")
 
 
-def detect(columns: Iterable[str], where: str) -> RowFormat:
+def detect(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
     """The format that fits the columns.
 
     Args:
         columns: The columns of the rows.
         where: The file, for the error.
+        answers: Whether the rows must have the column of the answer.
 
     Raises:
-        DataError: If none fits.
+        DataError: If none fits; it names the `data.columns` that likely would.
     """
-    have = set(columns)
+    have = list(columns)
     for kind in BUILT_IN:
-        if set(kind.columns) <= have:
+        needed = [name for name in kind.columns if answers or name not in (kind.answer, "completion")]
+        if set(needed) <= set(have):
             return kind()
     known = "; ".join(f"{kind.__name__} needs {', '.join(kind.columns)}" for kind in BUILT_IN)
+    suggested = suggest(have)
+    listed = ", ".join(f"{name}: {column}" for name, column in suggested.items())
+    advice = f"Say which is which, such as data.columns: {{{listed}}}" if listed else "Say which is which: data.columns"
     raise DataError(
         f"{where}: columns {', '.join(sorted(have)) or '(none)'} fit no known row format ({known}). "
-        "Rename the columns or give data.format a class of your own."
+        f"{advice}, or give data.format a class of your own."
     )
 
 
-__all__ = ["BUILT_IN", "Alpaca", "Conversation", "Message", "Messages", "RowError", "RowFormat", "detect"]
+def suggest(columns: Iterable[str]) -> Mapping[str, str]:
+    """The `data.columns` that likely fit some columns: format's name to file's name; empty where nothing is near."""
+    have = list(columns)
+    if found := _nearest(_LISTS, have):
+        return {"messages": found}
+    question = _nearest(_QUESTIONS, have)
+    answer = _nearest(_ANSWERS, [column for column in have if column != question])
+    if question and answer:
+        return {"instruction": question, "output": answer}
+    if found := _nearest(_TEXTS, have):
+        return {"text": found}
+    if len(have) == 2:
+        return {"instruction": have[0], "output": have[1]}
+    return {}
+
+
+def _nearest(words: tuple[str, ...], columns: list[str]) -> str:
+    by_fold = {column.casefold(): column for column in columns}
+    for word in words:
+        if word in by_fold:
+            return by_fold[word]
+    for word in words:
+        if close := difflib.get_close_matches(word, by_fold, n=1, cutoff=0.8):
+            return by_fold[close[0]]
+    return ""
+
+
+__all__ = [
+    "BUILT_IN",
+    "Alpaca",
+    "Completion",
+    "Conversation",
+    "Message",
+    "Messages",
+    "PromptCompletion",
+    "RawText",
+    "Record",
+    "RowError",
+    "RowFormat",
+    "ShareGPT",
+    "Text",
+    "detect",
+    "suggest",
+    "unanswered",
+]

@@ -7,16 +7,18 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of
+from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of, weight_of
 
 
 class Alpaca(RowFormat):
     """`{"instruction": "...", "input": "...", "output": "..."}`; `system` and `history` (pairs of texts) are optional.
 
-    The input follows the instruction after a line break. The answer is `output`.
+    The input follows the instruction after a line break. The answer is `output`. A `weight` column is optional too.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("instruction", "output")
+    optional: ClassVar[tuple[str, ...]] = ("input", "system", "history", "weight")
+    answer: ClassVar[str | None] = "output"
 
     @override
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
@@ -37,4 +39,5 @@ class Alpaca(RowFormat):
         question = text_of(row, "instruction")
         if extra := text_of(row, "input", required=False):
             question = f"{question}\n{extra}"
-        return Conversation((*turns, Message("user", question), Message("assistant", text_of(row, "output"))))
+        turns += [Message("user", question), Message("assistant", text_of(row, "output"))]
+        return Conversation(tuple(turns), weight=weight_of(row))

@@ -1,7 +1,8 @@
-"""The contract of a row format, and the conversation that every format makes."""
+"""The contract of a row format, and what every format makes of a row."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -17,10 +18,18 @@ class Message(NamedTuple):
     Attributes:
         role: One of `ROLES`.
         content: Its text.
+        weight: How much its tokens count where they are trained; 0 is not trained.
+        more: What else the chat template is handed, such as `tool_calls` or `name`.
     """
 
     role: str
     content: str
+    weight: float = 1.0
+    more: Mapping[str, Any] | None = None
+
+    def turn(self) -> dict[str, Any]:
+        """The turn as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **(self.more or {})}
 
 
 class Conversation(NamedTuple):
@@ -28,9 +37,45 @@ class Conversation(NamedTuple):
 
     Attributes:
         messages: The turns in order.
+        tools: The tools that the chat template is handed, if any.
+        weight: How much the trained tokens of the row count.
+        given: How many of the first messages are given: their answers are not trained.
     """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    weight: float = 1.0
+    given: int = 0
+
+
+class Completion(NamedTuple):
+    """Plain text that goes on from plain text, without a chat template.
+
+    Attributes:
+        prompt: What is given; not trained.
+        completion: What is trained, with the end token after it.
+        weight: How much its trained tokens count.
+    """
+
+    prompt: str
+    completion: str
+    weight: float = 1.0
+
+
+class Text(NamedTuple):
+    """A document: every token is trained; a long one is cut into windows.
+
+    Attributes:
+        text: The document.
+        weight: How much its tokens count.
+    """
+
+    text: str
+    weight: float = 1.0
+
+
+Record = Conversation | Completion | Text
+"""What a row becomes."""
 
 
 class RowError(DataError):
@@ -46,6 +91,9 @@ class RowError(DataError):
         self.column, self.wanted, self.got = column, wanted, got
         super().__init__(f"column {column!r} must hold {wanted}, got {show(got)}.")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.column, self.wanted, show(self.got))
+
 
 class RowFormat(ABC):
     """Reads rows of one shape. No tokenizer and no torch in here.
@@ -57,13 +105,38 @@ class RowFormat(ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns that a row must have for this format to be chosen by itself; empty: only when named."""
 
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Columns that are read where they are there."""
+
+    answer: ClassVar[str | None] = None
+    """The column that holds nothing but the answer; rows to be answered may leave it out."""
+
     @abstractmethod
-    def __call__(self, row: Mapping[str, Any]) -> Conversation:
+    def __call__(self, row: Mapping[str, Any]) -> Record:
         """Reads one row.
 
         Raises:
             RowError: If the row cannot be read: which column, what it must hold, what it holds.
         """
+
+    def prompt(self, row: Mapping[str, Any]) -> Record:
+        """Reads one row up to where its last answer begins; the answer may be missing.
+
+        Raises:
+            RowError: As above.
+        """
+        if self.answer is not None and not row.get(self.answer):
+            row = {**row, self.answer: "-"}
+        return unanswered(self(row))
+
+
+def unanswered(record: Record) -> Record:
+    """A record without its last answer."""
+    if isinstance(record, Completion):
+        return record._replace(completion="")
+    if isinstance(record, Conversation) and record.messages and record.messages[-1].role == "assistant":
+        return record._replace(messages=record.messages[:-1])
+    return record
 
 
 def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> str:
@@ -83,6 +156,28 @@ def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> st
     if not isinstance(value, str) or (required and not value.strip()):
         raise RowError(column, "non-empty text" if required else "text or null", value)
     return value
+
+
+def weight_of(row: Mapping[str, Any], place: str = "weight") -> float:
+    """The `weight` of a row or a message: 1 when left out; text that is a number counts, as a CSV file has it.
+
+    Args:
+        row: The row or message.
+        place: What to call it in an error.
+
+    Raises:
+        RowError: If it is not a finite number of at least 0.
+    """
+    value = row.get("weight")
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise RowError(place, "a number of at least 0", value)
+    return weight
 
 
 def show(value: Any, limit: int = 60) -> str:

@@ -1,0 +1,29 @@
+"""What an objective is given of each trained token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+EXTRAS = ("entropy", "mean_logps")
+"""Scores that are computed only where something asks for them."""
+
+
+class TokenScores(NamedTuple):
+    """What the model says of each target.
+
+    Attributes:
+        logps: Log-probability of the target, nats, `[N]`, at least float32; carries the gradient.
+        correct: Whether no other token is more likely, bool `[N]`.
+        entropy: Entropy of the distribution that the target is drawn from, nats, `[N]`; None unless asked for.
+        mean_logps: Mean log-probability of all V tokens of the vocabulary, nats, `[N]`; None unless asked for.
+    """
+
+    logps: Tensor
+    correct: Tensor
+    entropy: Tensor | None = None
+    mean_logps: Tensor | None = None
+
+
+__all__ = ["EXTRAS", "TokenScores"]

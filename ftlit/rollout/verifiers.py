@@ -1,0 +1,188 @@
+"""Verifiers: functions that say how good an answer is. The contract is that of a reward."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from typing_extensions import override
+
+from ftlit.errors import ConfigError, nearest
+from ftlit.metrics.text import normalize
+
+Prompt = list[dict[str, str]]
+"""The turns before the answer: `[{"role": "user", "content": "..."}]`."""
+
+
+class Verifier(ABC):
+    """Scores answers. A function with the same arguments serves as well; a class can have settings in the YAML.
+
+    `ftlit.testing.VerifierSuite` tests one in four lines.
+    """
+
+    @abstractmethod
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        """Scores some answers.
+
+        Args:
+            prompts: The turns before each answer.
+            completions: The answers.
+            columns: The columns of the rows (None where a row lacks one), and `reference`: the answer that the row
+                holds as its last assistant turn, or None; a column of that name wins.
+
+        Returns:
+            One finite number an answer, as a rule 1 for right and 0 for wrong.
+        """
+
+
+class FinalNumber(Verifier):
+    """1 where the last number of the answer is the last number of the reference, as GSM8K is scored.
+
+    Cobbe et al. 2021, arXiv:2110.14168: what follows `####` counts where there is such a mark. Thousands separators,
+    currency signs and trailing zeros do not matter.
+
+    Args:
+        column: Column with the reference; the row's own answer when left out.
+    """
+
+    def __init__(self, column: str = "reference") -> None:
+        self.column = column
+
+    @override
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        wanted = [final_number(str(value)) for value in column_of(columns, self.column, "FinalNumber")]
+        for place, number in enumerate(wanted):
+            if number is None:
+                raise ConfigError(
+                    f"FinalNumber: column {self.column!r} of answer {place + 1} holds no number "
+                    f"({str(columns[self.column][place])[:60]!r}); name another column."
+                )
+        return [float(final_number(text) == number) for text, number in zip(completions, wanted, strict=True)]
+
+
+class Contains(Verifier):
+    """1 where the answer contains a text, compared in lower case and without punctuation.
+
+    Args:
+        text: The text; the content of `column` when left out.
+        column: Column with the text; the row's own answer when left out.
+    """
+
+    def __init__(self, text: str | None = None, column: str = "reference") -> None:
+        self.text, self.column = text, column
+
+    @override
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        if self.text is not None:
+            wanted: Sequence[Any] = [self.text] * len(completions)
+        else:
+            wanted = column_of(columns, self.column, "Contains")
+        pairs = zip(completions, wanted, strict=True)
+        return [float(f" {normalize(str(part))} " in f" {normalize(text)} ") for text, part in pairs]
+
+
+# A minus sign counts where it does not follow a number or a word: "3-5" ends in 5.
+_NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def final_number(text: str) -> float | None:
+    r"""The last number of a text, or the first after its last `####`; None without one.
+
+    Example:
+        >>> final_number("48 + 24 = 72 clips.\n#### 1,072.0 (in all 3 months)")
+        1072.0
+    """
+    _, mark, rest = text.rpartition("####")
+    if mark and (found := _NUMBER.search(rest)):
+        return float(found[0].replace(",", ""))
+    every = _NUMBER.findall(text)
+    return float(every[-1].replace(",", "")) if every else None
+
+
+def column_of(columns: Mapping[str, Sequence[Any]], name: str, verifier: str) -> Sequence[Any]:
+    """A column that a verifier needs.
+
+    Raises:
+        ConfigError: If the rows do not have it, or one holds nothing in it.
+    """
+    if name not in columns:
+        raise ConfigError(f"{verifier}: the rows have no column {name!r}: {nearest(name, columns)}")
+    for place, value in enumerate(columns[name]):
+        if value is None:
+            hint = "end it with an assistant turn, or name a column" if name == "reference" else "fill it"
+            raise ConfigError(f"{verifier}: column {name!r} of answer {place + 1} is empty; {hint}.")
+    return columns[name]
+
+
+def resolve(verifier: Verifier | str) -> Callable[..., Any]:
+    """The function behind a `verifier:` setting.
+
+    Args:
+        verifier: A verifier, or the import path of a function or class such as `mymodule.check`.
+
+    Raises:
+        ConfigError: If there is no such thing.
+    """
+    if not isinstance(verifier, str):
+        return verifier
+    module, _, name = verifier.rpartition(".")
+    if not module:
+        known = [kind.__name__ for kind in Verifier.__subclasses__()]
+        raise ConfigError(f"there is no verifier {verifier!r} ({nearest(verifier, known)} Or give mymodule.function.)")
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"verifier {verifier!r}: there is no module {error.name!r}, neither installed nor in the working directory."
+        ) from None
+    found = getattr(loaded, name, None)
+    if found is None:
+        public = [word for word in vars(loaded) if not word.startswith("_")]
+        raise ConfigError(f"verifier {verifier!r}: {module} has no {name!r}: {nearest(name, public)}")
+    if isinstance(found, type):
+        found = found()
+    if not callable(found):
+        raise ConfigError(f"verifier {verifier!r} is {type(found).__name__} and cannot be called; give a function.")
+    return found
+
+
+def name_of(verifier: Callable[..., Any]) -> str:
+    """What to call a verifier."""
+    return str(getattr(verifier, "__name__", type(verifier).__name__))
+
+
+def verify(
+    verifier: Callable[..., Any],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Calls a verifier and checks what it says.
+
+    Raises:
+        ConfigError: If that is not one finite number an answer.
+    """
+    scores = verifier(list(prompts), list(completions), **columns)
+    with contextlib.suppress(TypeError):
+        scores = list(scores)
+    name = name_of(verifier)
+    if not isinstance(scores, list) or len(scores) != len(completions):
+        got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
+        raise ConfigError(f"verifier {name} must return a list of {len(completions)} numbers, got {got}.")
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        wrong = next(score for score in scores if not isinstance(score, int | float))
+        raise ConfigError(f"verifier {name} must return numbers, got {wrong!r}.") from None
+    if not all(math.isfinite(number) for number in numbers):
+        place = next(i for i, number in enumerate(numbers) if not math.isfinite(number))
+        raise ConfigError(f"verifier {name} returned {numbers[place]} for {completions[place][:60]!r}; give a number.")
+    return numbers
+
+
+__all__ = ["Contains", "FinalNumber", "Prompt", "Verifier", "final_number", "name_of", "resolve", "verify"]
