@@ -14,6 +14,7 @@ from ftlit.models.policy import Policy, recompute_activations
 from ftlit.peft import Full, LoRA, PrefixTuning
 from ftlit.testing import FAMILIES, tiny_examples, tiny_lm
 
+KNOWN = [family for family in FAMILIES if family != "gpt2"]  # LayerNorm, Conv1D, learned positions
 STRATEGIES = {"lora": lambda: LoRA(rank=3), "full": Full, "prefix": lambda: PrefixTuning(4)}
 
 
@@ -118,7 +119,7 @@ def test_rotation():
 # ---- whole models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whole_model_in_float64(family, strategy):
     # Families that round to float32 inside give rounding of that size in either way of computing.
@@ -131,7 +132,7 @@ def test_whole_model_in_float64(family, strategy):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_whole_model_in_float32(family):
     fused, plain = policy_of(family, dtype=torch.float32), policy_of(family, dtype=torch.float32, fused=False)
     ours, theirs = loss_and_gradients(fused), loss_and_gradients(plain)
@@ -201,6 +202,7 @@ def test_what_is_fused_in_each_family():
     assert counts["llama"] == {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
     assert counts["qwen3"] == {"Qwen3Attention": 2, "Qwen3RMSNorm": 9, "Qwen3MLP": 2}
     assert counts["gemma2"] == {"Gemma2Attention": 2, "Gemma2MLP": 2, "Gemma2RMSNorm": 9}
+    assert counts["gpt2"] == {}
     assert counts["cohere"] == {"CohereMLP": 2}  # LayerNorm, and pairs of neighbours are rotated
 
 
