@@ -61,6 +61,8 @@ class Segments:
         self.offsets = tuple(accumulate(self.lengths[:-1], initial=0)) if self.lengths else ()
         # Attention masks by (queries, keys before them, window): built once a micro-batch, shared by all layers.
         self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+        # Plans of the tiled attention on CPUs, likewise.
+        self.plans: dict[tuple[int, int | None, torch.dtype], list[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlit.batch import PrefixKV, Segments
 from ftlit.errors import ConfigError
+from ftlit.models.tiles import can_tile, tiled_attention
 
 NAME = "ftlit"
 
@@ -82,6 +83,8 @@ def segment_attention(
             "segments do not implement yet; this model cannot be trained with ftlit."
         )
     past = None if prefix_kv is None else prefix_kv[module.layer_idx]  # type: ignore[index]
+    if softcap is None and not dropout and can_tile(query, key, value):
+        return tiled_attention(query, key, value, segments, scaling, sliding_window, past), None
     pieces = []
     for first, count in segments.runs():
         length, offset = segments.lengths[first], segments.offsets[first]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from ftlit.cache import cache_dir
 from ftlit.errors import ConfigError
+from ftlit.models.fused import fuse
 from ftlit.models.policy import check_packing, use_segment_attention
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
 
 
 def prepare(lm: PreTrainedModel) -> None:
-    """Switches a model to packed attention and checks that packing is right for it.
+    """Switches a model to packed attention and faster layers, and checks that packing is right for it.
 
     Raises:
         ConfigError: If it is not.
     """
     lm.config.use_cache = True
     use_segment_attention(lm)
+    fuse(lm)
     check_packing(lm)
 
 

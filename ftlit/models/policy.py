@@ -12,6 +12,7 @@ from torch import nn
 from ftlit.batch import Example, PackedBatch, pack
 from ftlit.errors import ConfigError
 from ftlit.models.attention import NAME, packed_mask
+from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
 from ftlit.peft.lora_layers import LoRALinear
@@ -41,6 +42,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.strategy = strategy
         self.longest = longest_exact(lm)
+        self.draws = has_dropout(lm)
 
     def score(
         self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
@@ -55,6 +57,8 @@ class Policy(nn.Module):
         Returns:
             Log-probability (nats) and top-1 hit of each target, `[N]`, and what was asked for.
         """
+        if batch.input_ids.device.type == "cpu" and self._repeats():
+            batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
         if self.longest is not None and max(batch.segments.lengths) > self.longest:
             raise ConfigError(
@@ -62,6 +66,11 @@ class Policy(nn.Module):
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
             )
         return score_packed(self.lm, batch, needs, watch, **self.strategy.attention_kwargs(self.lm, batch))
+
+    def _repeats(self) -> bool:
+        """Whether equal tokens after equal tokens have equal states: no dropout, no inputs of the strategy's own."""
+        own = type(self.strategy).prepare is not PEFTStrategy.prepare
+        return not own and not (self.draws and self.training) and self.longest is None
 
     def forward(
         self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
@@ -153,6 +162,12 @@ def longest_exact(lm: PreTrainedModel) -> int | None:
         for kind in moving
     ]
     return int(min(limits)) if limits else None
+
+
+def has_dropout(lm: nn.Module) -> bool:
+    """Whether a module drops anything at random while training."""
+    chances = [getattr(module, name, 0.0) for module in lm.modules() for name in ("p", "dropout", "attention_dropout")]
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
 def recompute_activations(lm: PreTrainedModel) -> None:

@@ -1,9 +1,10 @@
 """TRL 1.16 as the anchor of SFT with LoRA: the same loss and gradient norm at every optimizer step."""
 
 import functools
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,21 @@ from ftlit.testing import tiny_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "sft.py"
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_sft", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    """`peers` with the names of `measure` that it is used with."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        peers, measure = importlib.import_module("peers"), importlib.import_module("measure")
+        yield SimpleNamespace(**{**vars(measure), **vars(peers)})
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in ("peers", "measure"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,30 @@ def test_a_trained_token_after_the_end_token_is_seen(bench, examples, settings, 
     longer = [Example([*ids, line_break], [*weights, 1.0]) for ids, weights in examples]
     theirs = bench.run_trl(longer, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
     assert all(apart.loss > 1e-3 for apart in bench.differences(ours, theirs))
+
+
+@pytest.mark.parametrize("configuration", ["single", "padded"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_plain_loop_agrees_too(bench, examples, settings, adapter, method, configuration):
+    settings = settings._replace(method=method)
+    runs = [
+        run(examples, tiny_lm("llama"), tiny_tokenizer(), adapter, settings, **options)
+        for run, options in ((bench.run_ftlit, {}), (bench.run_plain, {"configuration": configuration}))
+    ]
+    assert all(value <= TOLERANCE for apart in bench.differences(*runs) for value in apart)
+
+
+def test_trl_trains_every_weight_the_same(bench, examples, settings, adapter):
+    settings = settings._replace(method="full")
+    ours = bench.run_ftlit(examples, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
+    theirs = bench.run_trl(examples, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
+    assert all(value <= TOLERANCE for apart in bench.differences(ours, theirs) for value in apart)
+
+
+def test_examples_of_one_length(bench, examples):
+    made = bench.of_length(examples, 40, 5)
+    assert [len(ids) for ids, _ in made] == [40] * 5
+    assert all(weights[0] == 0 and example.num_targets for example, (_, weights) in zip(made, made, strict=True))
 
 
 @pytest.mark.parametrize(

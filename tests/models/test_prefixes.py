@@ -1,0 +1,112 @@
+"""Running shared beginnings once changes no score and no gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftlit.batch import Example, pack
+from ftlit.models.policy import Policy, score_packed, use_segment_attention
+from ftlit.models.prefixes import SHORTEST, shared
+from ftlit.peft import LoRA, PromptTuning
+from ftlit.testing import tiny_lm
+
+SYSTEM = list(range(30, 30 + SHORTEST + 2))
+
+
+def example(ids, trained_from=1):
+    return Example(ids, [0.0] * trained_from + [1.0] * (len(ids) - trained_from))
+
+
+def lm_of(family, dtype=torch.float64):
+    lm = tiny_lm(family, dtype)
+    use_segment_attention(lm)
+    return lm
+
+
+@st.composite
+def trees(draw):
+    """Examples that share beginnings in several ways: none, all, some of them further, whole examples twice."""
+    stretches = [SYSTEM, SYSTEM + list(range(60, 70)), SYSTEM + list(range(60, 69)) + [99], [5, 6], []]
+    made = []
+    for i in range(draw(st.integers(1, 5))):
+        start = draw(st.sampled_from(stretches))
+        rest = draw(st.lists(st.integers(100, 103), min_size=2, max_size=6))
+        ids = [*start, *rest]
+        trained_from = draw(st.integers(1, len(ids)))  # trained tokens inside the shared stretch, and none at all
+        made.append(example(ids, trained_from))
+        if i and draw(st.booleans()):
+            made.append(made[0])
+    return made
+
+
+@given(examples=trees(), family=st.sampled_from(["llama", "mistral", "gemma3"]))
+@settings(max_examples=40, deadline=None)
+def test_scores_and_gradients_stay(examples, family):
+    lm = lm_of(family)
+    batch = pack(examples)
+    fewer = shared(batch)
+    assert fewer.num_tokens <= batch.num_tokens
+    plain, ours = score_packed(lm, batch).logps, score_packed(lm, fewer).logps
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6 if family == "gemma3" else 1e-9)
+    if len(plain):
+        factor = torch.linspace(0.5, 2, len(plain), dtype=torch.float64)
+        parameters = [p for p in lm.parameters() if p.requires_grad]
+        for a, b in zip(
+            torch.autograd.grad((ours * factor).sum(), parameters),
+            torch.autograd.grad((plain * factor).sum(), parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # gradients of norms are rounded to float32
+
+
+def test_gradients_are_equal_to_the_last_digits_where_norms_do_not_round(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def in_float64(norm, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)
+    lm = lm_of("llama")
+    rests = [[100 + i, *range(n)] for i, n in enumerate((5, 9, 70, 3))]
+    batch = pack([example(SYSTEM + rest, len(SYSTEM)) for rest in rests])
+    parameters = list(lm.parameters())
+    ours, plain = (torch.autograd.grad(score_packed(lm, b).logps.sum(), parameters) for b in (shared(batch), batch))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * b.abs().max().item())
+
+
+def test_the_row_that_is_run():
+    """A shared stretch once, the last token of every example never: nothing is predicted from it."""
+    batch = shared(pack([example([*SYSTEM, 100, 101, 102], 10), example([*SYSTEM, 110, 111], 10)]))
+    assert batch.input_ids[0].tolist() == [*SYSTEM, 100, 101, 110]
+    assert batch.position_ids[0].tolist() == [*range(len(SYSTEM)), 10, 11, 10]
+    assert (batch.segments.lengths, batch.segments.parents) == ((10, 2, 1), (-1, 0, 0))
+    assert batch.target_positions.tolist() == [9, 10, 11, 9, 12]
+    assert batch.target_segments.tolist() == [1, 1, 1, 2, 2]
+    assert batch.examples == (0, 0, 1)
+
+
+def test_what_is_shared_by_some_is_found():
+    longer = [*SYSTEM, *range(60, 72)]
+    batch = shared(pack([example([*longer, 1, 1]), example([*SYSTEM, 9, 9]), example([*longer, 2, 2])]))
+    assert (batch.segments.lengths, batch.segments.parents) == ((10, 12, 1, 1, 1), (-1, 0, 1, 1, 0))
+
+
+def test_too_little_in_common_is_left():
+    batch = shared(pack([example([1, 2, 3, 4]), example([1, 2, 3, 5])]))
+    assert batch.segments.lengths == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fewer"), [(LoRA(rank=2), True), (LoRA(rank=2, dropout=0.5), False), (PromptTuning(2), False)]
+)
+def test_only_where_equal_tokens_have_equal_states(strategy, fewer, monkeypatch):
+    """Dropout draws for each example, and virtual tokens stand before each."""
+    policy = Policy(tiny_lm("llama"), strategy).train()
+    rows = []
+    monkeypatch.setattr("ftlit.models.policy.shared", lambda batch: rows.append(batch) or shared(batch))
+    policy(pack([example([*SYSTEM, 100, 101]), example([*SYSTEM, 110, 111])]))
+    assert bool(rows) == fewer
+    policy.eval()(pack([example([*SYSTEM, 100, 101])]))
+    assert bool(rows) == (not isinstance(strategy, PromptTuning))
