@@ -42,7 +42,9 @@ def test_the_objective_of_the_readme():
     from ftlit.objectives.scores import TokenScores
 
     logps = torch.tensor([0.5, 0.25]).log()
-    torch.testing.assert_close(recipe("Focal")(gamma=1.0)(TokenScores(logps, logps > 0)), torch.tensor([0.5, 0.75]) * -logps)
+    torch.testing.assert_close(
+        recipe("Focal")(gamma=1.0)(TokenScores(logps, logps > 0)), torch.tensor([0.5, 0.75]) * -logps
+    )
 
 
 def test_commands_configs_and_scripts_exist():
