@@ -51,6 +51,9 @@ def ftlit(tmp_path, monkeypatch, capfd):
         command.out, command.err = out, err
         return status
 
-    path = list(sys.path)
+    path, modules = list(sys.path), set(sys.modules)
     yield command
     sys.path[:] = path
+    for name in set(sys.modules) - modules:  # a user's own file of this test is not that of the next
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -449,7 +449,8 @@ class Stage(L.LightningModule):
         checkpoint["ftlit"] = {
             "trained": {name: list(shape) for name, shape in shapes.items()},
             "start_metrics": self.start_metrics,
-            "step_metrics": self.step_metrics,  # what was saved at a step may not be logged yet
+            # What was saved at a step may not be logged yet; Lightning logs float32.
+            "step_metrics": {name: torch.tensor(value).item() for name, value in self.step_metrics.items()},
             "validated_at": self._validated_at,
             "data": self._data_fingerprint(),
         }
