@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -92,6 +92,33 @@ def own_text(
         texts = _blocks(stage, author, range(skip // BLOCK, -(-(skip + num) // BLOCK)))
     first = skip - skip // BLOCK * BLOCK
     return [Example(t.prompt + t.own, [0.0] * len(t.prompt) + [1.0] * len(t.own)) for t in texts[first : first + num]]
+
+
+_USES = ("probe", "verdict", "replay")
+_APART = 1 << 24  # more texts than anyone asks for
+
+
+def own_examples(
+    stage: L.LightningModule,
+    num: int,
+    max_new_tokens: int = 128,
+    *,
+    use: Literal["probe", "verdict", "replay"],
+    prompts: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+) -> list[Example]:
+    """Texts for one use, disjoint from those of every other use whatever their numbers: see `own_text`.
+
+    Args:
+        stage: The stage.
+        num: How many texts.
+        max_new_tokens: Most tokens of an answer.
+        use: What they are for.
+        prompts: Prompts to continue; None: the model asks its own questions.
+        seed: Seed of the samples.
+    """
+    skip = _USES.index(use) * _APART
+    return own_text(stage, prompts, num, max_new_tokens=max_new_tokens, seed=seed, skip=skip)
 
 
 def _check(**numbers: tuple[int, int]) -> None:
@@ -261,4 +288,4 @@ def _read(path: Path) -> list[_Text] | None:
     return texts if len(texts) == BLOCK else None
 
 
-__all__ = ["BLOCK", "own_text"]
+__all__ = ["BLOCK", "own_examples", "own_text"]

@@ -18,12 +18,14 @@ class TokenScores(NamedTuple):
         correct: Whether no other token is more likely, bool `[N]`.
         entropy: Entropy of the distribution that the target is drawn from, nats, `[N]`; None unless asked for.
         mean_logps: Mean log-probability of all V tokens of the vocabulary, nats, `[N]`; None unless asked for.
+        choice: The likeliest token, int64 `[N]`; None unless asked for.
     """
 
     logps: Tensor
     correct: Tensor
     entropy: Tensor | None = None
     mean_logps: Tensor | None = None
+    choice: Tensor | None = None
 
 
 __all__ = ["EXTRAS", "TokenScores"]
