@@ -128,6 +128,10 @@ class Meter:
                     _write(path, found)
             self._start[key] = found
 
+    def start_nll(self) -> dict[str, float]:
+        """NLL of the start model on each set, nats a token."""
+        return {name: float(scores.nll.mean()) for name, scores in self._start.items()}
+
     def measure(
         self, trainer: L.Trainer, stage: L.LightningModule, kl: bool = False, names: Sequence[str] | None = None
     ) -> dict[str, Measured]:
