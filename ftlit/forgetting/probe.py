@@ -16,7 +16,7 @@ from ftlit.data.store import measure
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.documents import Documents, read_documents
-from ftlit.forgetting.drift import Drift, drift, start_norms
+from ftlit.forgetting.drift import OUTSIDE, Drift, drift, start_norms
 from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_examples
 
@@ -35,9 +35,9 @@ class ForgettingProbe(ForgettingControl):
     above 0 is forgotten) with its 95 % interval `change_low`, `change_high` (a bootstrap over documents), `ppl_ratio`
     (perplexity now over perplexity at the start), `kl` (mean KL(start || now), nats a token), `agreement` (share of
     tokens whose likeliest choice is that of the start). Over all: `forgetting/worst/change` of the domain that lost
-    most; `forgetting/weights/change`, the relative change of the weights; and on the run's own validation rows
-    `forgetting/target/kl`, which tells forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259), and
-    `forgetting/target/change`, what was learnt. `ftlit fit` ends with a table and two pictures of them.
+    most; `forgetting/weights/change`, the relative change of the weights; and the same as for a domain as
+    `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
+    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259). `ftlit fit` ends with a table and two pictures of them.
 
     It only looks: training is bitwise the same with and without. Ranks share the documents.
 
@@ -113,6 +113,12 @@ class ForgettingProbe(ForgettingControl):
         self._meter: Meter | None = None
         self._norms: dict[int, float] = {}
         self._words: dict[str, str] = {}
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """The relative change of the weights of each layer, as last measured."""
+        found = {} if self.drift is None else self.drift.layers
+        return {"outside" if layer == OUTSIDE else str(layer): size for layer, size in found.items()}
 
     # ---- the start ------------------------------------------------------------------------------------------------
 
@@ -260,7 +266,7 @@ class ForgettingProbe(ForgettingControl):
                 "agreement": 1.0,
             }
             none |= {"kl": 0.0} if self.with_kl else {}
-            values |= {f"forgetting/{name}/{key}": value for key, value in none.items() if _shown(name, key)}
+            values |= {f"forgetting/{name}/{key}": value for key, value in none.items()}
         return values | {f"forgetting/worst/{key}": 0.0 for key in ("change", "change_low", "change_high")}
 
     def _line(self, step: int, seconds: float) -> str:
@@ -302,16 +308,11 @@ def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift
             "agreement": one.agreement,
         }
         known |= {} if one.kl is None else {"kl": one.kl}
-        values |= {f"forgetting/{name}/{key}": value for key, value in known.items() if _shown(name, key)}
+        values |= {f"forgetting/{name}/{key}": value for key, value in known.items()}
     worst = max(measured.values(), key=lambda one: one.change)
     ends = {"change": worst.change, "change_low": worst.low, "change_high": worst.high}
     values |= {f"forgetting/worst/{key}": value for key, value in ends.items()}
     return values if moved is None else {**values, "forgetting/weights/change": moved.overall}
-
-
-def _shown(name: str, key: str) -> bool:
-    """Of the target rows only what validation does not say itself."""
-    return name != TARGET or key in ("kl", "change", "change_low", "change_high")
 
 
 def _first(examples: Sequence[Example], max_tokens: int) -> Documents:
