@@ -133,11 +133,12 @@ def _draw_changes(folder: Path, series: Series, domains: Mapping[str, str], limi
         (line,) = axes.plot(steps, values, marker=mark, ms=5, lw=2, label=name, zorder=3)
         band = _band(series, key)
         if band:
-            axes.fill_between(*zip(*band, strict=True), color=line.get_color(), alpha=0.18, lw=0)
+            where, low, high = zip(*band, strict=True)
+            axes.fill_between(where, low, high, color=line.get_color(), alpha=0.18, lw=0)
     _forgetting_axis(axes, limit)
     axes.set_title(f"{folder.absolute().name}: what is forgotten while it learns")
     axes.set_xlabel("optimizer step (bands: 95 % intervals over documents)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(loc="best")
     return _saved(figure, folder / "forgetting.png")
 

@@ -152,7 +152,8 @@ class Report(L.Callback):
         trained, changed, total = count(stage.policy.lm, stage.strategy)
         evals = [callback for callback in trainer.callbacks if isinstance(callback, GenerationEval)]
         start, end = dict(stage.start_metrics), dict(stage.last_metrics)
-        for one in [*evals, *_probes(trainer)]:
+        measuring: list[GenerationEval | ForgettingProbe] = [*evals, *_probes(trainer)]
+        for one in measuring:
             start |= one.start_values
             end |= one.last_values
         return {
@@ -175,7 +176,7 @@ class Report(L.Callback):
             "start": finite(start),
             "end": finite(end),
             "last_step": finite(stage.step_metrics),
-            "weights_moved": {layer: size for one in _probes(trainer) for layer, size in one.layers.items()},
+            "weights_moved": {layer: size for probe in _probes(trainer) for layer, size in probe.layers.items()},
         }
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,10 @@ from ftlit.files import replacing
 from ftlit.forgetting.documents import Documents
 from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.metrics.forgetting import PairedChange
+from ftlit.models.policy import Policy
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
 
 VERSION = 1
 
@@ -104,7 +108,7 @@ class Meter:
         self.batch_tokens, self.resamples, self.seed = batch_tokens, resamples, seed
         self._start: dict[str, _Scores] = {}
 
-    def prepare(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+    def prepare(self, trainer: L.Trainer, stage: Stage) -> None:
         """Scores the start model, or reads what it scored earlier.
 
         Args:
@@ -112,8 +116,9 @@ class Meter:
             stage: The stage, its model on its device; `remember_start` must have been called where the model itself is
                 trained. All ranks must call.
         """
-        name = fingerprint(stage.policy.lm, stage.strategy)
-        arithmetic = f"{VERSION} {trainer.precision} {stage.device.type} {torch.__version__}"
+        policy = _policy_of(stage)
+        name = fingerprint(policy.lm, stage.strategy)
+        arithmetic = f"{VERSION} {trainer.precision} {_device_of(policy).type} {torch.__version__}"
         for key, documents in self.sets.items():
             if key in self._start:
                 continue
@@ -122,7 +127,7 @@ class Meter:
             tokens = int(measure(documents.examples).targets.sum())
             found = trainer.strategy.broadcast(_read(path, tokens) if trainer.is_global_zero else None)
             if found is None:
-                with stage.strategy.start(stage.policy.lm):
+                with stage.strategy.start(policy.lm):
                     found = self._score(trainer, stage, documents, kl=False)
                 if trainer.is_global_zero:
                     _write(path, found)
@@ -133,7 +138,7 @@ class Meter:
         return {name: float(scores.nll.mean()) for name, scores in self._start.items()}
 
     def measure(
-        self, trainer: L.Trainer, stage: L.LightningModule, kl: bool = False, names: Sequence[str] | None = None
+        self, trainer: L.Trainer, stage: Stage, kl: bool = False, names: Sequence[str] | None = None
     ) -> dict[str, Measured]:
         """Scores the present model.
 
@@ -164,26 +169,38 @@ class Meter:
         )
 
     @torch.no_grad()
-    def _score(self, trainer: L.Trainer, stage: L.LightningModule, documents: Documents, kl: bool) -> _Scores:
+    def _score(self, trainer: L.Trainer, stage: Stage, documents: Documents, kl: bool) -> _Scores:
         """What the model, as it is, says of every scored token; the same on all ranks."""
         targets = measure(documents.examples).targets
         first = np.cumsum(targets) - targets
         found = np.zeros((3 if kl else 2, int(targets.sum())))
         loader = EvalLoader(documents.examples, _AT_ONCE, self.batch_tokens, trainer.global_rank, trainer.world_size)
         asked: dict[str, Any] = {"kl": {0: 1.0}} if kl else {}
-        with _scoring(trainer, stage):
+        policy = _policy_of(stage)
+        device = _device_of(policy)
+        with _scoring(trainer, policy):
             for batch in loader:
-                scores = stage.policy(batch.to(stage.device), watch=frozenset({"choice"}), **asked)
+                scores = policy(batch.to(device), watch=frozenset({"choice"}), **asked)
                 places, real = _places(batch, first)
                 values = [-scores.logps, scores.choice, *([scores.kl] if kl else [])]
                 found[:, places] = np.stack([value.double().cpu().numpy() for value in values])[:, real]
         if trainer.world_size > 1:  # every token was scored on one rank
-            together = trainer.strategy.reduce(torch.from_numpy(found).to(stage.device), reduce_op="sum")
+            together = trainer.strategy.reduce(torch.from_numpy(found).to(device), reduce_op="sum")
             found = together.cpu().numpy()
         return _Scores(found[0], found[1].astype(np.int64), found[2] if kl else None)
 
 
 _AT_ONCE = 64  # most examples of a micro-batch
+
+
+def _policy_of(stage: Stage) -> Policy:
+    assert stage.policy is not None
+    return stage.policy
+
+
+def _device_of(policy: Policy) -> torch.device:
+    """Where the model is: before training, the stage itself does not know yet."""
+    return next(policy.parameters()).device
 
 
 def _places(batch: PackedBatch, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,10 +213,10 @@ def _places(batch: PackedBatch, first: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 @contextmanager
-def _scoring(trainer: L.Trainer, stage: L.LightningModule) -> Iterator[None]:
+def _scoring(trainer: L.Trainer, policy: Policy) -> Iterator[None]:
     """Evaluation mode and the run's precision; every module's own mode comes back."""
-    modes = [(module, module.training) for module in stage.policy.modules()]
-    stage.policy.eval()
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
     try:
         with trainer.precision_plugin.forward_context():
             yield

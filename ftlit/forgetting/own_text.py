@@ -12,9 +12,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -26,6 +25,9 @@ from ftlit.errors import ConfigError
 from ftlit.files import write_text
 from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.rollout.generate import answer, seed_of
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
 
 VERSION = 1
 BLOCK = 32
@@ -43,7 +45,7 @@ class _Text(NamedTuple):
 
 
 def own_text(
-    stage: L.LightningModule,
+    stage: Stage,
     prompts: Sequence[Sequence[int]] | None,
     num: int,
     *,
@@ -94,33 +96,6 @@ def own_text(
     return [Example(t.prompt + t.own, [0.0] * len(t.prompt) + [1.0] * len(t.own)) for t in texts[first : first + num]]
 
 
-_USES = ("probe", "verdict", "replay")
-_APART = 1 << 24  # more texts than anyone asks for
-
-
-def own_examples(
-    stage: L.LightningModule,
-    num: int,
-    max_new_tokens: int = 128,
-    *,
-    use: Literal["probe", "verdict", "replay"],
-    prompts: Sequence[Sequence[int]] | None = None,
-    seed: int = 0,
-) -> list[Example]:
-    """Texts for one use, disjoint from those of every other use whatever their numbers: see `own_text`.
-
-    Args:
-        stage: The stage.
-        num: How many texts.
-        max_new_tokens: Most tokens of an answer.
-        use: What they are for.
-        prompts: Prompts to continue; None: the model asks its own questions.
-        seed: Seed of the samples.
-    """
-    skip = _USES.index(use) * _APART
-    return own_text(stage, prompts, num, max_new_tokens=max_new_tokens, seed=seed, skip=skip)
-
-
 def _check(**numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
         if value < least:
@@ -141,7 +116,7 @@ class _Author:
 
     def __init__(
         self,
-        stage: L.LightningModule,
+        stage: Stage,
         prompts: Sequence[Sequence[int]] | None,
         room: int,
         seed: int,
@@ -220,7 +195,7 @@ class _Author:
         return [one.tokens + (self.end if one.ended else []) for one in made]
 
 
-def _template(stage: L.LightningModule) -> ChatTemplate | None:
+def _template(stage: Stage) -> ChatTemplate | None:
     data: Any = getattr(stage.trainer, "datamodule", None)
     template = getattr(data, "template", None)
     if isinstance(template, ChatTemplate):
@@ -228,7 +203,7 @@ def _template(stage: L.LightningModule) -> ChatTemplate | None:
     return ChatTemplate(stage.tokenizer) if stage.tokenizer.chat_template else None
 
 
-def _blocks(stage: L.LightningModule, author: _Author, wanted: Sequence[int]) -> list[_Text]:
+def _blocks(stage: Stage, author: _Author, wanted: Sequence[int]) -> list[_Text]:
     """The texts of some blocks, from the cache where it has them; the same on all ranks."""
     trainer = stage.trainer
     world, rank = trainer.world_size, trainer.global_rank
@@ -288,4 +263,4 @@ def _read(path: Path) -> list[_Text] | None:
     return texts if len(texts) == BLOCK else None
 
 
-__all__ = ["BLOCK", "own_examples", "own_text"]
+__all__ = ["BLOCK", "own_text"]

@@ -18,7 +18,7 @@ from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.documents import Documents, read_documents
 from ftlit.forgetting.drift import OUTSIDE, Drift, drift, start_norms
 from ftlit.forgetting.measuring import Measured, Meter
-from ftlit.forgetting.own_text import own_examples
+from ftlit.forgetting.own_text import own_text
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -152,7 +152,7 @@ class ForgettingProbe(ForgettingControl):
                 quiet=not stage.trainer.is_global_zero,
             )
             return documents
-        texts = own_examples(stage, self.own_rows, self.own_new_tokens, use="probe", seed=self.seed)
+        texts = own_text(stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed)
         documents = _first(texts, self.max_tokens)
         tokens = int(measure(documents.examples).targets.sum())
         self._words[name] = f"{len(documents.examples):,} of its own texts, {tokens:,} scored tokens"
