@@ -2,6 +2,7 @@
 
 from ftlit.forgetting.base import ForgettingControl, Penalty
 from ftlit.forgetting.budget import ForgettingBudget
+from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import Replay
 
-__all__ = ["ForgettingBudget", "ForgettingControl", "Penalty", "Replay"]
+__all__ = ["ForgettingBudget", "ForgettingControl", "ForgettingProbe", "Penalty", "Replay"]
