@@ -18,12 +18,15 @@ from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.controller import IntegralController
 from ftlit.forgetting.documents import Documents, read_documents
 from ftlit.forgetting.measuring import Measured, Meter
-from ftlit.forgetting.own_text import own_examples
-from ftlit.forgetting.replay import OWN, Replay
+from ftlit.forgetting.own_text import own_text
+from ftlit.forgetting.probe import ForgettingProbe
+from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
 
+# Texts of the model's own by number: the first steer, these judge, and from `FIRST_OWN` on they are replayed.
+FIRST_VERDICT = FIRST_OWN // 2
 _TARGET = "target"
 _EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
 _SATURATED = 4  # probes in a row with the largest weight and too much forgotten: the budget cannot be met
@@ -116,10 +119,14 @@ class ForgettingBudget(ForgettingControl):
 
     @staticmethod
     def default_controls(callbacks: Sequence[Any]) -> list[ForgettingControl]:
-        """The control that a run with a budget and without anything to turn gets: KL replay of its own text."""
+        """What a run with a budget gets where it has none of its own: KL replay of its own text, and a probe to see."""
         budgets = [one for one in callbacks if isinstance(one, ForgettingBudget)]
-        others = [one for one in callbacks if isinstance(one, ForgettingControl) and one.in_loss]
-        return [Replay()] if budgets and not others else []
+        if not budgets:
+            return []
+        probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
+        turned = any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
+        added: list[ForgettingControl] = [] if turned else [Replay()]
+        return added if probed else [*added, ForgettingProbe(dict(budgets[0].domains))]
 
     def turned(self, stage: Stage) -> list[ForgettingControl]:
         """The controls whose weights it turns."""
@@ -149,13 +156,16 @@ class ForgettingBudget(ForgettingControl):
         second: dict[str, Documents] = {}
         for name, rows in self.domains.items():
             first[name], second[name] = self._documents(stage, rows)
-        room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096  # type: ignore[attr-defined]
+        room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
-        target = _target(stage.trainer.datamodule, self.max_tokens // 4)  # type: ignore[attr-defined]
+        target = _target(stage.trainer.datamodule, self.max_tokens // 4)
         sets = {"steering": steering, "first": first, "second": second, _TARGET: {_TARGET: target}}
         for key, documents in sets.items():
             self._meters[key] = Meter(documents, room, seed=self.seed)
             self._meters[key].prepare(stage.trainer, stage)
+        for control in stage.controls:
+            if isinstance(control, ForgettingProbe):
+                control.limit = self.limit  # its pictures show it
         for control in self.turned(stage):
             self._given[control.name] = control.weight or 1.0
             control.normalised = True
@@ -164,11 +174,12 @@ class ForgettingBudget(ForgettingControl):
     def _documents(self, stage: Stage, rows: str) -> tuple[Documents, Documents]:
         """Two disjoint sets."""
         if rows == OWN:
-            options = {"max_new_tokens": self.new_tokens, "seed": self.seed}
-            first = own_examples(stage, self.documents, use="probe", **options)  # type: ignore[arg-type]
-            second = own_examples(stage, self.documents, use="verdict", **options)  # type: ignore[arg-type]
+            first, second = (
+                own_text(stage, None, self.documents, max_new_tokens=self.new_tokens, seed=self.seed, skip=skip)
+                for skip in (0, FIRST_VERDICT)
+            )
             return Documents(first), Documents(second)
-        data: Any = stage.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = stage.trainer.datamodule
         both, _ = read_documents(
             data,
             rows,
@@ -247,10 +258,10 @@ class ForgettingBudget(ForgettingControl):
         """Takes the weights back as far as it takes, reads the second probe, and says how it ended."""
         gain = -self._measured(_TARGET, trainer, stage)[_TARGET].change
         alpha, kept = 1.0, gain
-        if self.project and stage.strategy.interpolates:
+        assert stage.policy is not None
+        if self.project and stage.strategy.not_between(stage.policy.lm) is None:
             alpha = self._alpha(trainer, stage)
             if alpha < 1:
-                assert stage.policy is not None
                 stage.strategy.interpolate(stage.policy.lm, alpha)
                 kept = -self._measured(_TARGET, trainer, stage)[_TARGET].change
         verdict = self._worst(self._measured("second", trainer, stage))

@@ -10,8 +10,8 @@ class IntegralController:
 
     With the excess `e = clip((measured - limit) / limit, -1, 3)` of a measurement, smoothed to `s` by an exponential
     mean that halves what was before, the weight is `clip(I + proportional * s, 0, most)`, and the integral `I` grows by
-    `integral * e` within `[0, most]`. It does not grow while the weight is at its most and not shrink while it is at 0
-    (anti-windup), so that a long stretch on one side of the limit is not paid back on the other. This is dual ascent on
+    `integral * e` within `[0, most]`, and not while the weight is at its most (anti-windup): a long stretch on one side
+    of the limit is not paid back on the other. This is dual ascent on
     the constraint (Platt and Barr 1987) with a proportional part (PID-Lagrangian, Stooke et al. 2020,
     arXiv:2007.03964), on an error in units of the limit, so that its gains mean the same for every budget.
 
@@ -45,8 +45,7 @@ class IntegralController:
         error = min(3.0, max(-1.0, (measured - self.limit) / self.limit))
         self.smooth = error if self.measurements == 0 else 0.5 * (self.smooth + error)
         self.measurements += 1
-        stuck = (self.weight >= self.most and error > 0) or (self.weight <= 0 and error < 0)
-        if not stuck:
+        if self.weight < self.most or error < 0:
             self.sum = min(self.most, max(0.0, self.sum + self.integral * error))
         self.weight = min(self.most, max(0.0, self.sum + self.proportional * self.smooth))
         self.saturated = self.saturated + 1 if self.weight >= self.most and error > 0 else 0

@@ -12,13 +12,15 @@ from ftlit.batch import Example, PackedBatch
 from ftlit.data.added import AddedRows
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl, Penalty
-from ftlit.forgetting.own_text import own_examples
+from ftlit.forgetting.own_text import own_text
 from ftlit.objectives.scores import TokenScores
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
 
 OWN = "self"
+FIRST_OWN = 1 << 16
+"""Number of the first text of the model's own: those below are left to what measures, so that the two are disjoint."""
 
 
 class Replay(ForgettingControl):
@@ -76,8 +78,8 @@ class Replay(ForgettingControl):
         if self._added is None:
             data: Any = stage.trainer.datamodule
             if self.rows == OWN:
-                examples: Sequence[Example] = own_examples(
-                    stage, self.num_rows, self.max_new_tokens, use="replay", seed=self.seed
+                examples: Sequence[Example] = own_text(
+                    stage, None, self.num_rows, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
                 )
             else:
                 examples = data.load_added(self.name, self.rows)
@@ -111,4 +113,4 @@ class Replay(ForgettingControl):
         return f"{self.name}: {what}, {goal}, {self.ratio:.3g} replay tokens a trained token, weight {self.weight:g}"
 
 
-__all__ = ["OWN", "Replay"]
+__all__ = ["FIRST_OWN", "OWN", "Replay"]
