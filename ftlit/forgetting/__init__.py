@@ -2,7 +2,8 @@
 
 from ftlit.forgetting.base import ForgettingControl, Penalty
 from ftlit.forgetting.budget import ForgettingBudget
+from ftlit.forgetting.interpolate import Interpolate
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import Replay
 
-__all__ = ["ForgettingBudget", "ForgettingControl", "ForgettingProbe", "Penalty", "Replay"]
+__all__ = ["ForgettingBudget", "ForgettingControl", "ForgettingProbe", "Interpolate", "Penalty", "Replay"]
