@@ -29,7 +29,7 @@ def run(strategy=None, *, control=None, callbacks=(), folder=None, ckpt=None, st
     module = SFT(policy=tiny_lm(family, torch.float64), peft=strategy or Full(), **{"lr": 1e-2, **(stage or {})})
     record = Record()
     saving = [] if folder is None else [SaveCheckpoint()]
-    all_callbacks = [record, *([] if control is None else [control]), *callbacks, *saving]
+    all_callbacks = [*([] if control is None else [control]), record, *callbacks, *saving]
     options = {"max_epochs": 2, "gradient_clip_val": 0.5, **(trainer or {})}
     runner = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=folder is not None, enable_progress_bar=False,
