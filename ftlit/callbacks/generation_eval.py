@@ -179,7 +179,7 @@ class GenerationEval(L.Callback):
 
     def _plan(self, trainer: L.Trainer, pl_module: Any, stage: str, found: EvalRows) -> str:
         """What will be answered, in words."""
-        asked, count, room = len(found.chosen), found.count, self.options["max_new_tokens"]
+        asked, count, room = len(found.chosen), found.available, self.options["max_new_tokens"]
         kind = "test" if stage == "test" and self.rows is None else self._set(trainer)
         share = f"{asked:,} of {count:,}" if asked < count else f"all {count:,}"
         line = f"answers to {share} rows ({kind}), at most {room} tokens each"

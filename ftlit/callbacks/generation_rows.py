@@ -45,12 +45,12 @@ class EvalRows(NamedTuple):
 
     Attributes:
         chosen: Those that are asked.
-        count: How many there were to choose from.
+        available: How many there were to choose from.
         documents: Rows of raw text, which ask nothing.
     """
 
     chosen: list[EvalRow]
-    count: int
+    available: int
     documents: int
 
 
