@@ -418,7 +418,7 @@ class SFTData(L.LightningDataModule):
             counts = Statistics(name)
             counts.refused = len(one.refused) if refused or rows is None else 0
             counts.rows = int(taken.sum()) + counts.refused
-            counts.unread = one.source.unread()
+            counts.read_as, counts.unread = one.source.read_as(), one.source.unread()
             counts.drop(EMPTY, int((taken & (one.split == 0)).sum()))
             examples = one.examples.take(taken[one.examples.rows])
             documents = len(np.unique(examples.rows[examples.windowed]))
@@ -508,6 +508,8 @@ class SFTData(L.LightningDataModule):
             for counts in each:
                 prefix = f"{counts.name}: " if len(each) > 1 else ""
                 lines += [f"  {prefix}{note}" for note in counts.notes()]
+                if counts.read_as:
+                    lines.append(f"  {prefix}read {', '.join(counts.read_as)}")
                 if counts.unread:
                     lines.append(f"  {prefix}columns not read: {', '.join(counts.unread)}")
             if total.duplicates:

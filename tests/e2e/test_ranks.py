@@ -134,7 +134,7 @@ def test_a_sharded_model_answers(fit_args, rows, tmp_path):
         run([*common, *more, "--run", name], tmp_path)
         predict = ["predict", *common[1:], "--data.predict", rows, "--model.max_new_tokens", "5", "--run", name]
         assert run(predict, tmp_path).count("12 answers in") == 1
-        samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (tmp_path / name / "samples-rows.jsonl").read_text().splitlines()]
         answers[name] = (
             [(s["step"], s["row"], s["answer"]) for s in samples],
             (tmp_path / name / "predictions.jsonl").read_text(),
