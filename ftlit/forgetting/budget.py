@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 from typing_extensions import override
@@ -69,7 +69,7 @@ class ForgettingBudget(ForgettingControl):
         ConfigError: If a number is out of range, or there is nothing to turn.
     """
 
-    in_loss = False
+    in_loss: ClassVar[bool] = False
 
     def __init__(
         self,
