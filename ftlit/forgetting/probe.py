@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -62,6 +62,8 @@ class ForgettingProbe(ForgettingControl):
     Raises:
         ConfigError: If a number is out of range, or a domain has a name that is taken.
     """
+
+    in_loss: ClassVar[bool] = False
 
     def __init__(
         self,

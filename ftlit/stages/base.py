@@ -287,6 +287,7 @@ class Stage(L.LightningModule):
         if stage != "fit":
             return
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did
             self.trainer.num_sanity_val_steps = 0
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
