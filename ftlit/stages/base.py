@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -142,6 +142,9 @@ class Stage(L.LightningModule):
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
         self._validated_at = -1
+
+    predicts_tokens: ClassVar[bool] = False
+    """Whether its targets are tokens that the language model predicts, one by one."""
 
     # ---- what a stage says ----------------------------------------------------------------------------------------
 

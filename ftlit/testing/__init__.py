@@ -7,6 +7,7 @@ from ftlit.testing.tiny import FAMILIES, tiny_examples, tiny_lm, tiny_tokenizer
 
 __all__ = [
     "FAMILIES",
+    "ForgettingControlSuite",
     "PEFTStrategySuite",
     "RowFormatSuite",
     "VerifierSuite",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 _SUITES = {
+    "ForgettingControlSuite": "control_suite",
     "PEFTStrategySuite": "strategy_suite",
     "RowFormatSuite": "row_format_suite",
     "VerifierSuite": "verifier_suite",
