@@ -288,15 +288,12 @@ class ForgettingControlSuite(ABC):
         """Neither for the weights nor for what is logged."""
         for name, strategy in self._sound().items():
             whole = self.run(strategy(), self._made())
-            for batch_size, accumulate, max_tokens in ((1, 8, None), (4, 2, 17)):
-                cut = self.run(
-                    strategy(), self._made(), batch_size=batch_size, accumulate=accumulate, max_tokens=max_tokens
-                )
-                self._alike(cut, whole, name)
+            cut = self.run(strategy(), self._made(), batch_size=2, accumulate=4, max_tokens=17)
+            self._alike(cut, whole, name)
 
     def test_ranks_do_not_matter(self, tmp_path: Path) -> None:
-        """Two processes train what one trains."""
-        for name, strategy in self._sound().items():
+        """Two processes train what one trains; with the first two strategies, so that it stays quick."""
+        for name, strategy in list(self._sound().items())[:2]:
             folder = tmp_path / name
             folder.mkdir(parents=True)
             two = self.run(strategy(), self._made(), folder=folder, ranks=2, batch_size=4)

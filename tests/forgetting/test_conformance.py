@@ -65,6 +65,7 @@ class TestInterpolate(ForgettingControlSuite):
         return Interpolate(alpha=0.5, weight=weight)
 
 
+@pytest.mark.slow  # much like the one before
 class TestInterpolateEveryTwoSteps(TestInterpolate):
     def make(self, weight=1.0):
         return Interpolate(alpha=0.5, last_alpha=0.8, every_n_steps=2, weight=weight)
@@ -77,6 +78,7 @@ class TestTokenSelection(ForgettingControlSuite):
         return TokenSelection(share=0.3)
 
 
+@pytest.mark.slow  # much like the one before
 class TestSampleWeighting(ForgettingControlSuite):
     weighted, silent_at_start, holds, logged = False, False, False, ()
 
