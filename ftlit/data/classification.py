@@ -56,6 +56,7 @@ class ClassificationData(SFTData):
         self.labels: list[str] = []
         self.multi_label = False
         self.counts: Counter[str] = Counter()
+        self.num_rows = 0
         self._of_rows: dict[str, list[tuple[str, ...] | None]] = {}
 
     @override
@@ -77,14 +78,13 @@ class ClassificationData(SFTData):
         for source in sources:
             for names in self._read(source):
                 self.counts.update(names or ())
+                self.num_rows += names is not None
         found = sorted(self.counts, key=_by_number)
         self.labels = self.given_labels or found
         if unknown := [label for label in found if label not in self.labels]:
             raise DataError(f"data.train has the label {unknown[0]!r}, which is not in data.labels.")
         if len(self.labels) < 2 and not self.multi_label:
-            raise DataError(
-                f"data.train has {len(found)} different labels ({', '.join(found)}); at least two are needed."
-            )
+            raise DataError(f"data.train has one label for all rows ({', '.join(found)}); at least two are needed.")
 
     def _read(self, source: Source) -> list[tuple[str, ...] | None]:
         """The labels of each row of a source; None where it cannot be read. Read once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -18,7 +18,7 @@ from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.sources import Source, fill, refuse_placeholders, with_system
 from ftlit.data.statistics import CUT, EMPTY, LONG, Statistics, also_in, duplicates, table
-from ftlit.data.store import Joined, Truncate, check_truncate
+from ftlit.data.store import Examples, Joined, Truncate, check_truncate
 from ftlit.data.templating import ChatTemplate, TrainOn, mark
 from ftlit.data.tokenizing import Tokenized, tokenize
 from ftlit.errors import ConfigError, DataError, nearest
@@ -69,6 +69,9 @@ class SFTData(L.LightningDataModule):
     Raises:
         ConfigError: If a setting is out of range.
     """
+
+    step_loader: ClassVar[type[StepLoader]] = StepLoader
+    eval_loader: ClassVar[type[EvalLoader]] = EvalLoader
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class SFTData(L.LightningDataModule):
         world, rank = self._ranks()
         stage = getattr(self.trainer, "lightning_module", None)
         accumulate = getattr(stage, "accumulate", 1)
-        loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        loader = self.step_loader(self.sets["train"], self.planner(accumulate, world), rank)
         loader.taken = getattr(self.trainer, "global_step", 0)
         loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
         return loader
@@ -415,7 +418,7 @@ class SFTData(L.LightningDataModule):
             examples = one.examples.take(taken[one.examples.rows])
             documents = len(np.unique(examples.rows[examples.windowed]))
             counts.split_rows = int((taken & (one.split > 1)).sum())
-            cut, over = examples.cut(self.max_length, self.truncate)
+            cut, over = self._cut(examples)
             if self.truncate == "drop":
                 counts.drop(LONG, int(over.sum()))
             else:
@@ -440,6 +443,10 @@ class SFTData(L.LightningDataModule):
         self.sets[key] = joined = Joined(parts)
         return joined
 
+    def _cut(self, examples: Examples) -> tuple[Examples, np.ndarray]:
+        """Fits examples into `max_length`; also says for each whether it lost something."""
+        return examples.cut(self.max_length, self.truncate)
+
     def _refuse_nothing(self, counts: Statistics, made: Sequence[Tokenized]) -> None:
         if counts.examples:
             return
@@ -460,7 +467,7 @@ class SFTData(L.LightningDataModule):
 
     def _eval_loader(self, examples: Sequence[Example]) -> EvalLoader:
         world, rank = self._ranks()
-        return EvalLoader(examples, self.batch_size, self.max_tokens, rank, world)
+        return self.eval_loader(examples, self.batch_size, self.max_tokens, rank, world)
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 

@@ -93,8 +93,9 @@ class Classification(ScalarStage):
             return None
         counts = torch.tensor([max(1, data.counts[label]) for label in data.labels], dtype=torch.float32)
         if given == "balanced":
-            rows = sum(len(names) for names in [data.sets["train"]]) if data.multi_label else int(counts.sum())
-            return (rows - counts).clamp(min=1) / counts if data.multi_label else rows / (len(counts) * counts)
+            if data.multi_label:
+                return (data.num_rows - counts).clamp(min=1) / counts
+            return data.num_rows / (len(counts) * counts)
         assert isinstance(given, dict)
         if unknown := [label for label in given if label not in data.labels]:
             raise ConfigError(

@@ -59,11 +59,7 @@ def test_packed_equals_alone(family):
     family=st.sampled_from(["bert", "llama"]),
 )
 def test_no_example_sees_another(lengths, seed, family):
-    rows = (
-        row(lengths, seed)
-        if min(lengths) > 1
-        else [r[:n] for r, n in zip(row([n + 1 for n in lengths], seed), lengths, strict=True)]
-    )
+    rows = [ids[1:] for ids in row([length + 1 for length in lengths], seed)]
     lm = tiny_classifier(family)
     prepare_classifier(lm)
     policy = ScalarPolicy(lm, Full()).eval()
@@ -172,14 +168,14 @@ def test_a_pooler_that_is_not_in_the_checkpoint_belongs_to_the_head(tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path):
     tiny_classifier("bert", labels=3).save_pretrained(tmp_path / "three")
-    with pytest.raises(ConfigError, match="classifier with 3 outputs .* 1 are needed"):
+    with pytest.raises(ConfigError, match=r"classifier with 3 outputs .* 1 are needed"):
         load_classifier(str(tmp_path / "three"), ["reward"])
     tiny_lm("cohere").save_pretrained(tmp_path / "cohere")
     with pytest.raises(ConfigError, match="no sequence classifier for cohere"):
         load_classifier(str(tmp_path / "cohere"), ["reward"])
     lm = tiny_classifier("bert", max_position_embeddings=16)
     prepare_classifier(lm)
-    with pytest.raises(ConfigError, match="at most 16 tokens and an example has 17; set data.max_length to at most 16"):
+    with pytest.raises(ConfigError, match="at most 16 tokens and an example has 17; set"):
         ScalarPolicy(lm, Full())(batch_of(row((3, 17))))
     policy = ScalarPolicy(lm, Full())
     with pytest.raises(ConfigError, match="no token scores"):
