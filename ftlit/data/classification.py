@@ -1,4 +1,4 @@
-"""Labelled rows as a data module."""
+"""LabelledRow rows as a data module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.data.datamodules import SFTData
-from ftlit.data.formats.classification import Classification, Labelled
+from ftlit.data.formats.classification import Classification, LabelledRow
 from ftlit.data.labels import LabelledEvalLoader, LabelledExamples, LabelledStepLoader, LabelTemplate, cut
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.data.sources import Source
@@ -96,7 +96,7 @@ class ClassificationData(SFTData):
                 except DataError:
                     rows.append(None)  # said when the row is tokenized
                     continue
-                if not isinstance(record, Labelled):
+                if not isinstance(record, LabelledRow):
                     raise ConfigError(f"data.format {type(source.row_format).__name__} reads no labels.")
                 self.multi_label = self.multi_label or record.several
                 rows.append(record.labels)
@@ -122,7 +122,7 @@ class ClassificationData(SFTData):
 
     @override
     def _changed(self, source: Source, record: Any) -> Any:
-        if not isinstance(record, Labelled):
+        if not isinstance(record, LabelledRow):
             return record
         return record._replace(content=super()._changed(source, record.content))
 

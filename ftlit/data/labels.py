@@ -1,4 +1,4 @@
-"""Labelled examples: where their labels are kept, and how they get into the micro-batches."""
+"""LabelledRow examples: where their labels are kept, and how they get into the micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftlit.batch import Example, PackedBatch, Segments, StepBatch
 from ftlit.data.formats import Conversation, Text
-from ftlit.data.formats.classification import Labelled
+from ftlit.data.formats.classification import LabelledRow
 from ftlit.data.packing import EvalLoader, Step, StepLoader
 from ftlit.data.plain import opening_tokens
 from ftlit.data.store import Examples, Joined, Truncate
@@ -31,7 +31,7 @@ class LabelTemplate(ChatTemplate):
 
     def encode(self, record: Any) -> list[Example]:
         """The example of a record, with a mark at its end; none if it weighs 0."""
-        assert isinstance(record, Labelled)
+        assert isinstance(record, LabelledRow)
         if not record.weight:
             return []
         ids = self.tokens(record.content)

@@ -8,9 +8,8 @@ checkpoint. A strategy is applied to the trunk; the head is trained beside it, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from ftlit.models.fused import fuse
 from ftlit.models.policy import has_dropout, longest_exact, use_segment_attention
 from ftlit.models.prefixes import shared
 from ftlit.peft.base import PEFTStrategy
+from ftlit.peft.hidden import without
 from ftlit.peft.prompt_tuning import PromptTuning
 
 if TYPE_CHECKING:
@@ -56,13 +56,27 @@ class ScalarPolicy(nn.Module):
                 f"{type(lm).__name__} reads its first token, which PromptTuning would push away; "
                 "use PrefixTuning, LoRA or Full."
             )
-        self.head = head_names(lm, new)
+        self._hold(lm, strategy, head_names(lm, new))
         with without(lm, self.head):
             strategy.apply(lm)
         for name in self.head:
             train_head(lm.get_submodule(name))
-        self.lm = lm
-        self.strategy = strategy
+
+    @classmethod
+    def around(cls, lm: PreTrainedModel, strategy: PEFTStrategy) -> ScalarPolicy:
+        """A policy of a classifier that already has its strategy and its trained head.
+
+        Args:
+            lm: The classifier.
+            strategy: The strategy that was applied to it.
+        """
+        policy = cls.__new__(cls)
+        nn.Module.__init__(policy)
+        policy._hold(lm, strategy, head_names(lm))
+        return policy
+
+    def _hold(self, lm: PreTrainedModel, strategy: PEFTStrategy, head: list[str]) -> None:
+        self.head, self.lm, self.strategy = head, lm, strategy
         self.bidirectional = bidirectional(lm)
         self.exact = longest_exact(lm)
         self.longest = longest_example(lm)
@@ -279,24 +293,6 @@ def head_names(lm: PreTrainedModel, new: Sequence[str] = ()) -> list[str]:
     return own + [name for name in new if name.startswith(trunk + ".")]
 
 
-@contextmanager
-def without(lm: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Context in which some modules are not there: what a strategy looks for, freezes or adapts in it is the trunk.
-
-    Args:
-        lm: The model.
-        names: The modules.
-    """
-    kept = {name: lm.get_submodule(name) for name in names}
-    try:
-        for name in kept:
-            lm.set_submodule(name, nn.Identity())
-        yield
-    finally:
-        for name, part in kept.items():
-            lm.set_submodule(name, part)
-
-
 def train_head(part: nn.Module) -> None:
     """Trains a part of the head, in float32 at least: half precision would lose small updates."""
     for parameter in part.parameters():
@@ -370,5 +366,4 @@ __all__ = [
     "reads_first",
     "train_head",
     "unbranched",
-    "without",
 ]

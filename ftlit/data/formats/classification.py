@@ -11,7 +11,7 @@ from ftlit.data.formats.base import Conversation, RowError, RowFormat, Text, tex
 from ftlit.data.formats.turns import tools_of, turns_of
 
 
-class Labelled(NamedTuple):
+class LabelledRow(NamedTuple):
     """Something and what it is.
 
     Attributes:
@@ -44,7 +44,7 @@ class Classification(RowFormat):
         self.labelled = labelled
 
     @override
-    def __call__(self, row: Mapping[str, Any]) -> Labelled:  # type: ignore[override]
+    def __call__(self, row: Mapping[str, Any]) -> LabelledRow:  # type: ignore[override]
         content: Conversation | Text
         if row.get("messages") is not None:
             content = Conversation(turns_of(row, "messages"), tools_of(row))
@@ -55,7 +55,7 @@ class Classification(RowFormat):
         names = [_name(f"label[{i}]", one) for i, one in enumerate(label)] if several else []  # type: ignore[arg-type]
         if not several and (self.labelled or label is not None):
             names = [_name("label", label)]
-        return Labelled(content, tuple(dict.fromkeys(names)), several, weight_of(row))
+        return LabelledRow(content, tuple(dict.fromkeys(names)), several, weight_of(row))
 
 
 def _name(place: str, label: Any) -> str:
@@ -73,4 +73,4 @@ def _name(place: str, label: Any) -> str:
     raise RowError(place, "a label: text, a whole number, or true or false", label)
 
 
-__all__ = ["Classification", "Labelled"]
+__all__ = ["Classification", "LabelledRow"]
