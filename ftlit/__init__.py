@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SFT": "ftlit.stages.sft",
+    "Classification": "ftlit.stages.classification",
     "Stage": "ftlit.stages.base",
     "SFTData": "ftlit.data.datamodules",
+    "ClassificationData": "ftlit.data.classification",
     "PEFTStrategy": "ftlit.peft.base",
     "Full": "ftlit.peft.full",
     "LoRA": "ftlit.peft.lora",

@@ -27,11 +27,12 @@ from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain, rows_given
-from ftlit.data import datamodules, formats
+from ftlit.data import classification, datamodules, formats
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
 from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
+from ftlit.objectives import reward as reward_objectives
 from ftlit.objectives import sft as objectives
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
@@ -40,7 +41,7 @@ from ftlit.stages.signals import StopRequest, exit_status
 RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
-COMPONENTS = (callbacks, datamodules, forgetting, formats, objectives, peft)
+COMPONENTS = (callbacks, classification, datamodules, forgetting, formats, objectives, peft, reward_objectives)
 
 
 class Trainer(L.Trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING
 
 from ftlit.data.templating import ChatTemplate
@@ -10,6 +11,8 @@ from ftlit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_OPEN = "{% set whole_text %}"
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -44,11 +47,29 @@ def closed_template(template: str) -> str:
     Args:
         template: A Jinja chat template.
     """
+    if template.startswith(_OPEN):
+        return template
     inner = template.removesuffix("\n")  # Jinja itself leaves out the last line break of a template
-    return (
-        "{% set whole_text %}" + inner + "{% endset %}"
-        "{{ whole_text if add_generation_prompt else whole_text.rstrip() }}"
-    )
+    return _OPEN + inner + "{% endset %}{{ whole_text if add_generation_prompt else whole_text.rstrip() }}"
 
 
-__all__ = ["closed_template", "pad_token"]
+def classifier_tokenizer(tokenizer: PreTrainedTokenizerBase, pad: int | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that goes with a trained classifier: its pad token, padding on the right, closed templates.
+
+    Args:
+        tokenizer: The tokenizer of the training; a changed copy is returned.
+        pad: The pad token of the classifier.
+    """
+    own = copy.deepcopy(tokenizer)
+    if pad is not None:
+        own.pad_token = own.convert_ids_to_tokens(pad)
+    own.padding_side = "right"
+    template = own.chat_template
+    if isinstance(template, str):
+        own.chat_template = closed_template(template)
+    elif template:
+        own.chat_template = {name: closed_template(one) for name, one in template.items()}
+    return own
+
+
+__all__ = ["classifier_tokenizer", "closed_template", "pad_token"]

@@ -23,6 +23,7 @@ from ftlit.models.fused import fuse
 from ftlit.models.policy import has_dropout, longest_exact, use_segment_attention
 from ftlit.models.prefixes import shared
 from ftlit.peft.base import PEFTStrategy
+from ftlit.peft.full import Full
 from ftlit.peft.hidden import without
 from ftlit.peft.prompt_tuning import PromptTuning
 
@@ -63,16 +64,16 @@ class ScalarPolicy(nn.Module):
             train_head(lm.get_submodule(name))
 
     @classmethod
-    def around(cls, lm: PreTrainedModel, strategy: PEFTStrategy) -> ScalarPolicy:
+    def around(cls, lm: PreTrainedModel, strategy: PEFTStrategy | None) -> ScalarPolicy:
         """A policy of a classifier that already has its strategy and its trained head.
 
         Args:
-            lm: The classifier.
-            strategy: The strategy that was applied to it.
+            lm: The classifier, prepared by `prepare_classifier`.
+            strategy: The strategy that was applied to it, if any.
         """
         policy = cls.__new__(cls)
         nn.Module.__init__(policy)
-        policy._hold(lm, strategy, head_names(lm))
+        policy._hold(lm, strategy or Full(), head_names(lm))
         return policy
 
     def _hold(self, lm: PreTrainedModel, strategy: PEFTStrategy, head: list[str]) -> None:

@@ -65,7 +65,7 @@ class Classifier(NamedTuple):
     """A sequence classifier as it was loaded.
 
     Attributes:
-        lm: The model, in training mode, its attention switched to packed segments and checked.
+        lm: The model, in training mode.
         new: Modules whose weights were not in the checkpoint and are drawn anew, such as `score`.
     """
 
@@ -73,22 +73,39 @@ class Classifier(NamedTuple):
     new: list[str]
 
 
+def is_classifier(name: str) -> bool:
+    """Whether a hub id or folder holds a sequence classifier with a head.
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
+        return False
+    with _explained(name):
+        return _has_head(AutoConfig.from_pretrained(resolve(name)))
+
+
 def load_classifier(
     source: str | PreTrainedModel,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     *,
     seed: int = 0,
     trust_remote_code: bool = False,
+    packed: bool = True,
 ) -> Classifier:
     """A sequence classifier from any checkpoint that has a trunk for one: a language model, an encoder, a classifier.
 
     Args:
         source: Hub id, folder, GGUF file, or a model built in Python.
-        labels: Names of the outputs; one name for a model that gives one score.
+        labels: Names of the outputs; one name for a model that gives one score. Left out, those of a classifier.
         dtype: Type of its weights.
         seed: Seed of a new head.
         trust_remote_code: Run model code that comes with the model.
+        packed: Whether it is switched to packed attention, and checked; else it is as transformers loads it.
 
     Raises:
         ConfigError: If it cannot be found, read or packed, or it is a classifier with other outputs.
@@ -99,12 +116,13 @@ def load_classifier(
             lm, new = _classifier_from(source, labels, dtype, trust_remote_code)
         else:
             lm, new = _classifier_around(source, labels)
-    prepare_classifier(lm)
+    if packed:
+        prepare_classifier(lm)
     return Classifier(lm.train(), new)
 
 
 def _classifier_from(
-    name: str, labels: Sequence[str], dtype: torch.dtype, trust_remote_code: bool
+    name: str, labels: Sequence[str] | None, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -112,14 +130,28 @@ def _classifier_from(
         folder = resolve(name)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _name_outputs(config, labels, name)
-        lm, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with _no_load_report():
+            lm, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     new = list(dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"])))
     return lm, new
 
 
-def _classifier_around(source: PreTrainedModel, labels: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Transformers lists what a checkpoint of another task has more or less; which parts are new is said elsewhere."""
+    from transformers.utils import logging
+
+    was = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(was)
+
+
+def _classifier_around(source: PreTrainedModel, labels: Sequence[str] | None) -> tuple[PreTrainedModel, list[str]]:
     """A classifier whose trunk is that of a model built in Python."""
     from transformers import AutoModelForSequenceClassification
 
@@ -134,7 +166,11 @@ def _classifier_around(source: PreTrainedModel, labels: Sequence[str]) -> tuple[
     return lm, head
 
 
-def _name_outputs(config: Any, labels: Sequence[str], name: str) -> None:
+def _has_head(config: Any) -> bool:
+    return any("ForSequenceClassification" in kind for kind in config.architectures or ())
+
+
+def _name_outputs(config: Any, labels: Sequence[str] | None, name: str) -> None:
     """Gives a config the names of the outputs.
 
     Raises:
@@ -142,12 +178,14 @@ def _name_outputs(config: Any, labels: Sequence[str], name: str) -> None:
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
 
-    if type(config) not in KNOWN and "AutoModelForSequenceClassification" not in (
-        getattr(config, "auto_map", None) or {}
-    ):
+    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in KNOWN and not own_code:
         raise ConfigError(f"model {name!r}: transformers has no sequence classifier for {config.model_type} models.")
-    has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
-    if has_head:
+    if labels is None:
+        if not _has_head(config):
+            raise ConfigError(f"model {name!r} is no sequence classifier: it has no head that was trained.")
+        return
+    if _has_head(config):
         own = [config.id2label[number] for number in range(config.num_labels)]
         if len(own) != len(labels) or (len(labels) > 1 and set(own) != set(labels) and not own[0].startswith("LABEL_")):
             raise ConfigError(
