@@ -39,7 +39,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     from transformers import AutoTokenizer
 
     with _explained(name):
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        own = (Path(name).expanduser() / "tokenizer_config.json").exists()  # an adapter folder may have no more
+        place = str(Path(name).expanduser()) if own else resolve(name)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
