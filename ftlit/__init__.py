@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "SFT": "ftlit.stages.sft",
     "Classification": "ftlit.stages.classification",
+    "RewardModel": "ftlit.stages.reward",
+    "RewardScorer": "ftlit.export.scorer",
     "Stage": "ftlit.stages.base",
     "SFTData": "ftlit.data.datamodules",
     "ClassificationData": "ftlit.data.classification",

@@ -27,9 +27,10 @@ from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain, rows_given
-from ftlit.data import classification, datamodules, formats
+from ftlit.data import classification, datamodules, formats, preferences
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
+from ftlit.export import scorer
 from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
 from ftlit.objectives import reward as reward_objectives
@@ -41,7 +42,10 @@ from ftlit.stages.signals import StopRequest, exit_status
 RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
-COMPONENTS = (callbacks, classification, datamodules, forgetting, formats, objectives, peft, reward_objectives)
+COMPONENTS = (
+    *(callbacks, classification, datamodules, forgetting, formats, objectives, peft, preferences, reward_objectives),
+    scorer,
+)
 
 
 class Trainer(L.Trainer):

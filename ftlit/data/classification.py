@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ftlit.data.datamodules import SFTData
+from ftlit.data.datamodules import SFTData, shortened
 from ftlit.data.formats.classification import Classification, LabelledRow
 from ftlit.data.labels import LabelledEvalLoader, LabelledExamples, LabelledStepLoader, LabelTemplate, cut
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.data.sources import Source
+from ftlit.data.statistics import LONG, Statistics
 from ftlit.data.store import Examples, Joined
 from ftlit.data.tokenizing import Tokenized
 from ftlit.errors import ConfigError, DataError, nearest
@@ -124,12 +125,19 @@ class ClassificationData(SFTData):
     def _changed(self, source: Source, record: Any) -> Any:
         if not isinstance(record, LabelledRow):
             return record
-        return record._replace(content=super()._changed(source, record.content))
+        content: Any = super()._changed(source, record.content)
+        return record._replace(content=content)
 
     @override
-    def _cut(self, examples: Examples) -> tuple[Examples, np.ndarray]:
+    def _fitted(self, key: str, one: Tokenized, taken: np.ndarray, counts: Statistics) -> Examples:
         assert isinstance(self.template, LabelTemplate)
-        return cut(examples, self.max_length, self.truncate, *self.template.ends())
+        examples = one.examples.take(taken[one.examples.rows])
+        fitted, over = cut(examples, self.max_length, self.truncate, *self.template.ends())
+        if self.truncate == "drop":
+            counts.drop(LONG, int(over.sum()))
+        else:
+            counts.truncated = int(over.sum())
+        return fitted
 
     @override
     def _load(self, key: str, label: str, made: Sequence[Tokenized], *args: Any, **kwargs: Any) -> Joined:
@@ -150,9 +158,7 @@ class ClassificationData(SFTData):
         """A training example as text with its labels behind it."""
         examples = self.sets["train"]
         assert isinstance(examples, LabelledExamples)
-        text = self.template.tokenizer.decode(list(examples[index].input_ids)[:-1])
-        if most is not None and len(text) > most:
-            text = f"{text[: most // 2]}\n[... {len(text) - most:,} characters ...]\n{text[-most // 2 :]}"
+        text = shortened(self.template.tokenizer.decode(list(examples[index].input_ids)[:-1]), most)
         chosen = examples.labels[index]
         numbers = chosen.nonzero()[:, 0].tolist() if self.multi_label else [int(chosen)]
         return f"{text}{opening}{', '.join(self.labels[number] for number in numbers)}{closing}"

@@ -15,7 +15,7 @@ from ftlit.data.formats import Conversation, Text
 from ftlit.data.formats.classification import LabelledRow
 from ftlit.data.packing import EvalLoader, Step, StepLoader
 from ftlit.data.plain import opening_tokens
-from ftlit.data.store import Examples, Joined, Truncate
+from ftlit.data.store import Examples, Joined, Stored, Truncate
 from ftlit.data.templating import ChatTemplate
 
 # Stands after the last token of an example, where a target's weight is kept; it never reaches the model.
@@ -82,8 +82,8 @@ def cut(
         weights.append(np.array([0.0] * len(short) + [examples.weights[stop - 1]], np.float32))
         starts[number], stops[number] = free, free + len(short) + 1
         free += len(short) + 1
-    made = Examples(np.concatenate(ids), np.concatenate(weights), starts, stops, examples.rows, examples.windowed)
-    return made, over
+    more = (examples.rows, examples.windowed, examples.values)
+    return Examples(np.concatenate(ids), np.concatenate(weights), starts, stops, *more), over
 
 
 def shortened(
@@ -107,7 +107,7 @@ class LabelledExamples(Joined):
         labels: For each example the number of its label, int64 `[N]`; or 1 for each label that it has, `[N, L]`.
     """
 
-    def __init__(self, parts: Sequence[Examples], labels: Tensor) -> None:
+    def __init__(self, parts: Sequence[Stored], labels: Tensor) -> None:
         super().__init__(parts)
         self.labels = labels
 

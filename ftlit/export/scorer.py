@@ -185,7 +185,7 @@ class RewardScorer(Verifier):
         """Moves the model to a device, now or when it is loaded."""
         self._device = device
         if self._scorer is not None:
-            self._scorer.lm.to(device)  # type: ignore[arg-type]
+            self._scorer.lm.to(device)
         return self
 
     @property
@@ -199,7 +199,7 @@ class RewardScorer(Verifier):
             opened = open_classifier(self.model, trust_remote_code=self.trust_remote_code)
             scorer = SequenceScorer(opened, self.max_length, "start", self.max_tokens)
             self._output = self._number(scorer.outputs)
-            scorer.lm.to(self._device)  # type: ignore[arg-type]
+            scorer.lm.to(self._device)
             self._scorer = scorer
         return self._scorer
 
@@ -236,13 +236,13 @@ def _content(prompt: str | Sequence[Any], completion: str) -> Conversation | Tex
     """A prompt with its answer."""
     if isinstance(prompt, str):
         return Text(prompt + completion)
-    turns = [
-        Message(turn["role"], turn["content"], more={k: v for k, v in turn.items() if k not in ("role", "content")})
-        if isinstance(turn, Mapping)
-        else turn
-        for turn in prompt
-    ]
+    turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
     return Conversation((*turns, Message("assistant", completion)))
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    more = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return Message(turn["role"], turn["content"], more=more or None)
 
 
 __all__ = ["RewardScorer", "SequenceScorer", "open_classifier"]

@@ -14,14 +14,14 @@ class Bin(NamedTuple):
     """Pairs of which the model was about equally sure.
 
     Attributes:
-        count: How many.
+        pairs: How many.
         confidence: Mean probability that the model gave to the answer with the larger reward, in [0.5, 1].
         accuracy: Share of them where that answer is the better one.
         low: Lower end of the 95 % interval of the share.
         high: Its upper end.
     """
 
-    count: int
+    pairs: int
     confidence: float
     accuracy: float
     low: float
@@ -51,7 +51,7 @@ def reliability(differences: Tensor, bins: int = 10) -> list[Bin]:
 def calibration_error(differences: Tensor, bins: int = 10) -> float:
     """Mean distance of confidence and accuracy over the bins, weighted by their pairs (Guo et al. 2017, equation 5)."""
     found = reliability(differences, bins)
-    return sum(one.count * abs(one.confidence - one.accuracy) for one in found) / max(1, len(differences))
+    return sum(one.pairs * abs(one.confidence - one.accuracy) for one in found) / max(1, len(differences))
 
 
 def draw_reliability(differences: Tensor, path: str | Path, title: str = "") -> None:
@@ -80,7 +80,7 @@ def draw_reliability(differences: Tensor, path: str | Path, title: str = "") -> 
     above.grid(alpha=0.3)
     error = calibration_error(differences)
     above.set_title(f"{title}\n{len(differences):,} pairs, calibration error {error:.3f}".strip())
-    below.bar(x, [one.count for one in found], width=0.03, color="0.5")
+    below.bar(x, [one.pairs for one in found], width=0.03, color="0.5")
     below.set_ylabel("pairs")
     below.set_xlabel("probability of the preferred answer, sigmoid(difference of rewards)")
     below.set_xlim(0.49, 1.01)

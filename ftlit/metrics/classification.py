@@ -54,7 +54,7 @@ class ClassificationMetric(Metric):
         self.losses.append(losses.detach()[real].double())
         self.weights.append(weights[real].double())
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Tensor]:
         """`loss` (nats a row), `accuracy` with the ends of its 95 % interval, `f1` (macro), `auroc` (macro).
 
         With several labels a row, `accuracy` is the share of right yes or no answers over all labels, and
@@ -85,7 +85,8 @@ class ClassificationMetric(Metric):
                 share = torch.nn.functional.one_hot(labels, self.num_labels).double().mean(0)
         known = (share > 0) & (share < 1)
         auroc = float(areas[known].mean()) if known.any() else math.nan
-        return {**values, "f1": float(f1), "auroc": auroc}
+        values |= {"f1": float(f1), "auroc": auroc}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def _joined(parts: Any) -> Tensor:

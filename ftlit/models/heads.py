@@ -197,7 +197,7 @@ def bidirectional(lm: nn.Module) -> bool:
 
 def first_position(lm: PreTrainedModel) -> int:
     """The position of a first token: 0, but the pad token's number plus one in models of RoBERTa's kind."""
-    embeddings = getattr(lm.base_model, "embeddings", None)
+    embeddings: Any = getattr(lm.base_model, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 

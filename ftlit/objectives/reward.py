@@ -30,9 +30,9 @@ class RewardScores(NamedTuple):
     margins: Tensor
 
     @property
-    def differences(self) -> Tensor:
-        """Reward of the better answer less that of the worse one, `[P]`."""
-        return self.rewards.index_select(0, self.better) - self.rewards.index_select(0, self.worse)
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Rewards of the better and of the worse answer of each pair, `[P]` each."""
+        return self.rewards.index_select(0, self.better), self.rewards.index_select(0, self.worse)
 
 
 class RewardLoss(ABC):
@@ -63,8 +63,8 @@ class RewardLoss(ABC):
         losses = self.compare(scores)
         if not self.center:
             return losses
-        both = scores.rewards.index_select(0, scores.better) + scores.rewards.index_select(0, scores.worse)
-        return losses + self.center * both.square()
+        better, worse = scores.sides
+        return losses + self.center * (better + worse).square()
 
 
 class BradleyTerry(RewardLoss):
@@ -76,7 +76,8 @@ class BradleyTerry(RewardLoss):
 
     def compare(self, scores: RewardScores) -> Tensor:
         """`-log sigmoid(better - worse - margin)`."""
-        return -F.logsigmoid(scores.differences - scores.margins)
+        better, worse = scores.sides
+        return -F.logsigmoid(better - worse - scores.margins)
 
 
 class PlackettLuce(RewardLoss):

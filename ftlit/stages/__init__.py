@@ -2,6 +2,7 @@
 
 from ftlit.stages.base import Stage
 from ftlit.stages.classification import Classification
+from ftlit.stages.reward import RewardModel
 from ftlit.stages.sft import SFT
 
-__all__ = ["SFT", "Classification", "Stage"]
+__all__ = ["SFT", "Classification", "RewardModel", "Stage"]

@@ -142,8 +142,9 @@ class Classification(ScalarStage):
         return ClassificationMetric(len(self.outputs), self.data.multi_label)
 
     @override
-    def measure(self, metric: Any, batch: PackedBatch, scores: Tensor) -> None:
-        scores = scores[:, self._order]
+    def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
+        assert self.policy is not None
+        scores = self.policy(batch)[:, self._order]
         metric.update(scores, batch.target_ids, self._losses(batch, scores, weighted=False), batch.target_weights)
 
 

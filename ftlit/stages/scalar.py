@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -43,13 +43,13 @@ class ScalarStage(Stage):
         """What validation counts with; `compute` gives a dictionary of numbers."""
 
     @abstractmethod
-    def measure(self, metric: Any, batch: PackedBatch, scores: Tensor) -> None:
-        """Counts one micro-batch of validation.
+    def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
+        """Counts one micro-batch.
 
         Args:
             metric: What `new_metric` made.
-            batch: The micro-batch that `readable` made.
-            scores: What the head says of its targets, `[N, L]`.
+            batch: The micro-batch.
+            rows: The set it is from, as the data module calls it: `validation:NAME` or `test`.
         """
 
     def total(self, totals: StepTotals) -> float:
@@ -106,15 +106,15 @@ class ScalarStage(Stage):
         self.metrics = nn.ModuleDict({name: self.new_metric() for name in self._names(loop)}).to(self.device)
 
     def _update(self, loop: str, batch: PackedBatch, number: int) -> None:
-        assert self.policy is not None
-        self.measure(self.metrics[self._names(loop)[number]], batch, self.policy(batch))
+        name = self._names(loop)[number]
+        self.measure(self.metrics[name], batch, f"validation:{name}" if loop == "val" else "test")
 
     def _log(self, loop: str) -> None:
         values: dict[str, float] = {}
         metrics: Any = self.metrics
         for name, metric in metrics.items():
             place = loop if name == MAIN else f"{loop}/{name}"
-            values |= {f"{place}/{key}": float(value) for key, value in metric.compute().items()}
+            values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
         if self.trainer.sanity_checking and self.trainer.ckpt_path:
             return  # a run that goes on has its start behind it
         if self.trainer.sanity_checking:

@@ -15,11 +15,11 @@ def test_bins_by_a_loop():
     assert len(found) == len(bins)
     for one, number in zip(found, sorted(bins), strict=True):
         sure, right = zip(*bins[number], strict=True)
-        assert one.count == len(sure)
+        assert one.pairs == len(sure)
         assert one.confidence == pytest.approx(sum(sure) / len(sure), abs=1e-6)
         assert one.accuracy == sum(right) / len(right)
         assert (one.low, one.high) == wilson(sum(right), len(right))
-    wanted = sum(o.count * abs(o.confidence - o.accuracy) for o in found) / 10
+    wanted = sum(o.pairs * abs(o.confidence - o.accuracy) for o in found) / 10
     assert calibration_error(differences) == pytest.approx(wanted)
 
 
