@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -240,7 +240,7 @@ def _content(prompt: str | Sequence[Any], completion: str) -> Conversation | Tex
     return Conversation((*turns, Message("assistant", completion)))
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def _message(turn: Any) -> Message:
     more = {key: value for key, value in turn.items() if key not in ("role", "content")}
     return Message(turn["role"], turn["content"], more=more or None)
 

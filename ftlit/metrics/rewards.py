@@ -52,8 +52,8 @@ class RankingMetric(Metric):
 
         Returns:
             `loss` (nats a pair), `rewards/chosen`, `rewards/rejected`, `margin` (their difference), `calibration_error`
-            (see `ftlit.metrics.calibration`), and `accuracy`: the mean over the rows of the share of a row's pairs whose
-            better answer has the strictly higher reward, with the ends of its 95 % interval over the rows.
+            (see `ftlit.metrics.calibration`), and `accuracy`: the mean over the rows of the share of a row's pairs
+            whose better answer has the strictly higher reward, with the ends of its 95 % interval over the rows.
         """
         names = ("better", "worse", "losses", "weights", "rows")
         better, worse, losses, weights, rows = (_joined(getattr(self, name)) for name in names)

@@ -145,7 +145,7 @@ def comparison(batch: PackedBatch, rewards: Tensor) -> tuple[RewardScores, Tenso
     place = {segment: number for number, segment in enumerate(answers_of(batch))}
     numbers = torch.tensor([[place[pair.better], place[pair.worse]] for pair in batch.pairs], device=rewards.device)
     values = torch.tensor([pair[2:] for pair in batch.pairs], dtype=torch.float64, device=rewards.device)
-    return RewardScores(rewards.double(), *numbers.unbind(1), values[:, 1]), values[:, 0]
+    return RewardScores(rewards.double(), numbers[:, 0], numbers[:, 1], values[:, 1]), values[:, 0]
 
 
 __all__ = ["RewardModel", "answers_of", "comparison"]
