@@ -9,8 +9,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPO": "ftlit.stages.dpo",
     "SFT": "ftlit.stages.sft",
     "Stage": "ftlit.stages.base",
+    "PreferenceData": "ftlit.data.preferences",
     "SFTData": "ftlit.data.datamodules",
     "PEFTStrategy": "ftlit.peft.base",
     "Full": "ftlit.peft.full",
