@@ -112,6 +112,14 @@ class Segments:
             chain.append(index)
         return chain[::-1]
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that any example has: of a segment, its ancestors and itself."""
+        return max(
+            length + sum(self.lengths[parent] for parent in self.ancestors(number))
+            for number, length in enumerate(self.lengths)
+        )
+
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yields `(first, count)`: neighbours of one length without parents, one attention call."""
         first = 0

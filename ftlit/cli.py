@@ -33,8 +33,8 @@ from ftlit.errors import ConfigError
 from ftlit.export import scorer
 from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
+from ftlit.objectives import dpo, preference_sums, reference_free, sft
 from ftlit.objectives import reward as reward_objectives
-from ftlit.objectives import sft as objectives
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
 from ftlit.stages.signals import StopRequest, exit_status
@@ -43,8 +43,8 @@ RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
 COMPONENTS = (
-    *(callbacks, classification, datamodules, forgetting, formats, objectives, peft, preferences, reward_objectives),
-    scorer,
+    *(callbacks, classification, datamodules, dpo, forgetting, formats, peft, preference_sums, preferences),
+    *(reference_free, reward_objectives, scorer, sft),
 )
 
 

@@ -91,6 +91,21 @@ class Comparisons(Stored):
         start, stop = (int(array[self.firsts[index] + 1]) for array in (self.pieces.starts, self.pieces.stops))
         return float(self.pieces.weights[start:stop].max())
 
+    @property
+    def has_single(self) -> bool:
+        """Whether an answer has no partner."""
+        return bool((self.ends - self.firsts == 2).any())
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether a row says by how much its better answer is better."""
+        return bool(self.pieces.values[self.firsts].any())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a row counts more or less than another."""
+        return any(self._weight(index) != 1 for index in range(len(self)))
+
     def measures(self) -> Measures:
         """Tokens (the prompt once) and trained tokens of each; its weight is that of its pairs together."""
         if self._measures is None:

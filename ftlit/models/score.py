@@ -69,7 +69,7 @@ def token_scores(
         head: The output layer.
         targets: Token ids, int64 `[N]`.
         needs: `entropy`, `mean_logps`: with their gradients.
-        watch: The same names: values without gradients, which cost no memory.
+        watch: The same names, and `log_sum_sq`: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
 
     Returns:
@@ -86,10 +86,11 @@ def token_scores(
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
         head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
-        "entropy" in needs, "entropy" in needs | watch,
+        "entropy" in needs, "entropy" in needs | watch, "log_sum_sq" in watch,
     )  # fmt: skip
-    logps, correct, mean_logps, entropy = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
-    return TokenScores(logps, correct, entropy, mean_logps)
+    values = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
+    logps, correct, mean_logps, entropy, log_sum_sq = values
+    return TokenScores(logps, correct, entropy, mean_logps, log_sum_sq=log_sum_sq)
 
 
 class _Plan(NamedTuple):
@@ -102,6 +103,7 @@ class _Plan(NamedTuple):
     mean: bool
     entropy_grad: bool
     entropy: bool
+    sum_sq: bool
 
 
 class _Inputs(NamedTuple):
@@ -139,8 +141,11 @@ class _Tile(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if t is not None)
 
 
-def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], _Tile]:
-    """Scores of a chunk (`logps, correct, mean_logps, entropy`, each `[n]`), and what its gradients need."""
+_Scores = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _forward(inputs: _Inputs, plan: _Plan) -> tuple[_Scores, _Tile]:
+    """Scores of a chunk (`logps, correct, mean_logps, entropy, log_sum_sq`, each `[n]`); what its gradients need."""
     hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
     if low is not None and up is not None:
@@ -166,8 +171,12 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor
     entropy = None
     if plan.entropy:  # log sum - sum p (z - max)
         entropy = log_sums.squeeze(1) - torch.einsum("nv,nv->n", exps, shifted) / sums.squeeze(1)
+    log_sum_sq = None
+    if plan.sum_sq:
+        log_sum_sq = torch.einsum("nv,nv->n", exps, exps).log() - 2 * log_sums.squeeze(1)
     correct = (chosen >= top).squeeze(1)
-    return (logps, correct, None if mean is None else mean - log_sums.squeeze(1), entropy), _Tile(exps, sums, slope)
+    mean = None if mean is None else mean - log_sums.squeeze(1)
+    return (logps, correct, mean, entropy, log_sum_sq), _Tile(exps, sums, slope)
 
 
 def _dlogits(
@@ -218,7 +227,7 @@ class _TokenScores(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         plan: _Plan,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> _Scores:
         inputs = _Inputs(hidden, low, weight, up, bias, targets)
         num = hidden.shape[0]
         options: dict[str, Any] = {
@@ -229,6 +238,7 @@ class _TokenScores(torch.autograd.Function):
         correct = torch.empty(num, dtype=torch.bool, device=hidden.device)
         mean = torch.empty(num, **options) if plan.mean else None
         entropy = torch.empty(num, **options) if plan.entropy else None
+        log_sum_sq = torch.empty(num, **options) if plan.sum_sq else None
         wants_head = any(ctx.needs_input_grad[place] for place in (1, 2, 3, 4))
         wants_hidden = ctx.needs_input_grad[0] and not wants_head
         # One N x D gradient for each score that has one: log-probability, mean, entropy.
@@ -240,7 +250,7 @@ class _TokenScores(torch.autograd.Function):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
             values, tile = _forward(rows, plan)
-            for whole, value in zip((logps, correct, mean, entropy), values, strict=True):
+            for whole, value in zip((logps, correct, mean, entropy, log_sum_sq), values, strict=True):
                 if whole is not None and value is not None:
                     whole[part] = value
             if wants_hidden:
@@ -258,12 +268,13 @@ class _TokenScores(torch.autograd.Function):
         plain = [correct]
         plain += [] if mean is None or plan.mean_grad else [mean]
         plain += [] if entropy is None or plan.entropy_grad else [entropy]
+        plain += [] if log_sum_sq is None else [log_sum_sq]
         ctx.mark_non_differentiable(*plain)
-        return logps, correct, mean, entropy
+        return logps, correct, mean, entropy, log_sum_sq
 
     @staticmethod
     def backward(
-        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None
+        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, __: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         coefficients = (d_logps, d_mean if plan.mean_grad else None, d_entropy if plan.entropy_grad else None)
