@@ -201,6 +201,15 @@ class Stage(L.LightningModule):
         """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
         if self.policy is not None:
             return
+        self.policy = self.make_policy().train()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+            assert self.device_mesh is not None
+            shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            prepare_controls(self)
+
+    def make_policy(self) -> Any:
+        """The model with its strategy applied: a `Policy`, or a module that is called like one."""
         if isinstance(self.source, str):
             lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
         else:
@@ -208,12 +217,7 @@ class Stage(L.LightningModule):
             prepare(lm)
         if self.gradient_checkpointing:
             recompute_activations(lm)
-        self.policy = Policy(lm, self.strategy).train()
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
-            assert self.device_mesh is not None
-            shard(self.policy, self.device_mesh["data_parallel"])
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            prepare_controls(self)
+        return Policy(lm, self.strategy)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
