@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -69,6 +69,9 @@ class SFTData(L.LightningDataModule):
     Raises:
         ConfigError: If a setting is out of range.
     """
+
+    needs_answers: ClassVar[bool] = True
+    """Whether rows must have an answer to train on."""
 
     def __init__(
         self,
@@ -301,7 +304,8 @@ class SFTData(L.LightningDataModule):
         for file in files:
             if file is None:
                 raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
-            sources.append(Source(file, self.row_format, self.columns, prefer, answers=what != "predict"))
+            answers = self.needs_answers and what != "predict"
+            sources.append(Source(file, self.row_format, self.columns, prefer, answers=answers))
             for note in sources[-1].notes:
                 self._say(note)
         found = {column for source in sources for table in source.tables for column in table.columns}
@@ -327,7 +331,7 @@ class SFTData(L.LightningDataModule):
                 record = source.record(row)
                 with source.at(row):
                     record = self._changed(source, record)
-                    self.prompts.append((_as_conversation(record), self.template.prompt_of(record)))
+                    self.prompts.append((as_conversation(record), self.template.prompt_of(record)))
             except DataError as error:
                 if self.on_bad_row == "error":
                     raise
@@ -357,7 +361,7 @@ class SFTData(L.LightningDataModule):
                 try:
                     record = source.record(row)
                     with source.at(row):
-                        records.append((source, row, _as_conversation(self._changed(source, record))))
+                        records.append((source, row, as_conversation(self._changed(source, record))))
                     keep[row] = True
                 except DataError:
                     if self.on_bad_row == "error":
@@ -561,7 +565,7 @@ def _readable(made: Tokenized) -> np.ndarray:
     return rows
 
 
-def _as_conversation(record: Record) -> Conversation:
+def as_conversation(record: Record) -> Conversation:
     """A record as turns, for the file of the predictions."""
     if isinstance(record, Conversation):
         if not record.messages:
