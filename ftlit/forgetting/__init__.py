@@ -1,0 +1,1 @@
+"""Measuring, and controlling, what a model forgets while it learns."""

@@ -1,0 +1,62 @@
+"""A name for the weights of a model, so that what was made with them can be found again."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftlit.ranks import whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ftlit.peft.base import PEFTStrategy
+
+_SAMPLED = 1024
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
+    """Names the model as it was at the start of the run, whatever device it is on; all ranks must ask.
+
+    Of every frozen tensor the sum of its bits and 1,024 entries spread over it are hashed: a change of any one entry
+    shows, and a model of seven billion weights takes a second. Trained parameters of an adapter do not count, because
+    the model at the start does without them.
+
+    Args:
+        lm: The model.
+        strategy: The strategy applied to it; `remember_start` must have been called where it trains the model itself.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    added = set() if strategy.trains_base else set(strategy.trained(lm))
+    digest = hashlib.blake2b(type(lm).__name__.encode(), digest_size=16)
+    with strategy.start(lm):
+        for name, parameter in sorted(lm.named_parameters()):
+            if name in added and parameter.requires_grad:
+                continue
+            tensor = whole(parameter.detach())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_bits(tensor)}".encode())
+            digest.update(_spread(tensor))
+    return digest.hexdigest()
+
+
+def _bits(tensor: Tensor) -> int:
+    """Sum of the entries read as whole numbers: exact, so the same in any order and on any device."""
+    return int(tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+def _spread(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    places = np.unique(np.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel())).astype(np.int64))
+    taken = flat[torch.from_numpy(places).to(flat.device)].contiguous()
+    return taken.view(torch.uint8).cpu().numpy().tobytes()
+
+
+__all__ = ["fingerprint"]
