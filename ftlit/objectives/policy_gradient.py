@@ -169,13 +169,13 @@ def reduction_weights(
         max_new_tokens: Most tokens of an answer.
 
     Returns:
-        `[N]`, float32; all 1 for `token`.
+        `[N]`, float64; all 1 for `token`.
     """
     if reduction == "token":
-        return torch.ones(len(owners))
+        return torch.ones(len(owners), dtype=torch.float64)
     if reduction == "constant":
-        return torch.full((len(owners),), num_tokens / (num_answers * max_new_tokens))
-    return (num_tokens / num_answers / lengths.float())[owners]
+        return torch.full((len(owners),), num_tokens / (num_answers * max_new_tokens), dtype=torch.float64)
+    return (num_tokens / num_answers / lengths.double())[owners]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2) -> tuple[Tensor, Tensor]:

@@ -345,14 +345,14 @@ class PPO(Stage):
         if self.value_head is not None:
             assert values is not None and estimate.returns is not None
             found.tokens |= {"values": values, "returns": estimate.returns}
-        weights = torch.zeros(len(old))
+        weights = torch.zeros(len(old), dtype=torch.float64)
         for step, total in zip(found.steps, found.totals, strict=True):
             places = found.places(tuple(one for micro in step for one in micro))
             weights[places] = reduction_weights(
                 self.policy_loss.reduction, lengths, owners[places], total.targets, total.examples,
                 self.sampling.max_new_tokens,
             )  # fmt: skip
-        found.tokens["weights"] = weights
+        found.tokens["weights"] = weights.to(old.dtype)
 
         apart = sums(old - reference, owners, len(answers))
         ended = torch.tensor([float(one.ended) for one in answers])
