@@ -29,9 +29,7 @@ class RolloutSamples(L.Callback):
         """Notes where a run goes on."""
         self._resumed_at = trainer.global_step if trainer.ckpt_path else None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the answers of a rollout after its first step."""
         self._keep(trainer, pl_module)
 
@@ -39,15 +37,15 @@ class RolloutSamples(L.Callback):
         """Keeps the answers to the held-out prompts."""
         if trainer.state.fn == "fit" and not (trainer.sanity_checking and trainer.ckpt_path):
             self._keep(trainer, pl_module)
-        pl_module.samples.clear()
+        pl_module.rollouts.samples.clear()
 
     def _keep(self, trainer: L.Trainer, stage: Any) -> None:
         records, seen = [], dict[str, int]()
-        for record in stage.samples:
+        for record in stage.rollouts.samples:
             seen[record["set"]] = seen.get(record["set"], 0) + 1
             if seen[record["set"]] <= self.rows:
                 records.append(record)
-        stage.samples.clear()
+        stage.rollouts.samples.clear()
         if not records or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         path = Path(trainer.default_root_dir) / "rollouts.jsonl"

@@ -251,7 +251,9 @@ class PromptData(SFTData):
         if len(kept) < len(found):
             notes.append(f"{len(found) - len(kept):,} rows longer than {self.max_length} tokens are left out")
         if unknown := sum(row.reference is None for row in kept):
-            notes.append(f"{unknown:,} have no answer of their own" if unknown < len(kept) else "no answers of their own")
+            notes.append(
+                f"{unknown:,} have no answer of their own" if unknown < len(kept) else "no answers of their own"
+            )
         self.lines[key] = ["; ".join([line, *notes])]
         self.rows[key] = kept
         self.sets[key] = kept  # type: ignore[assignment] - for who only asks for lengths

@@ -20,13 +20,13 @@ class Experience:
 
     Answers are numbered prompt by prompt. Tensors of tokens are flat, `[N]`, answer by answer.
 
-    Attributes:
-        number: Which rollout of the run, 0 is the first.
-        first_step: Optimizer steps taken before its first.
+    Args:
         prompts: Tokens of each prompt.
         rows: Number of each prompt's row in the data set.
         answers: Tokens of each answer, its end token included.
         owners: The prompt of each answer.
+        number: Which rollout of the run, 0 is the first.
+        first_step: Optimizer steps taken before its first.
         steps: For each minibatch of the rollout its micro-batches on this rank; as many on every rank.
         totals: For each minibatch what it holds on all ranks.
         tokens: Tensors of tokens by name, each `[N]`, on the CPU: `old_logps`, `reference`, `advantages`, ...
@@ -35,12 +35,13 @@ class Experience:
 
     def __init__(
         self,
-        number: int,
-        first_step: int,
         prompts: Sequence[Sequence[int]],
         rows: Sequence[int],
         answers: Sequence[Sequence[int]],
         owners: Sequence[int],
+        *,
+        number: int = 0,
+        first_step: int = 0,
         steps: Sequence[Sequence[Micro]] = (),
         totals: Sequence[StepTotals] = (),
         tokens: Mapping[str, Tensor] | None = None,

@@ -136,7 +136,9 @@ class Rewards:
         """The weighted sum, `[S]`."""
         return torch.tensor(self.weights, dtype=said.dtype) @ said
 
-    def shaped(self, scores: Tensor, lengths: Tensor, ended: Tensor, total: Total = alone, learn: bool = True) -> Tensor:
+    def shaped(
+        self, scores: Tensor, lengths: Tensor, ended: Tensor, total: Total = alone, learn: bool = True
+    ) -> Tensor:
         """Whitens, clips and adds the terms of length and end.
 
         Args:

@@ -12,35 +12,33 @@ the training loader yields, so optimization is Lightning's own, and everything t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ftlit.batch import PackedBatch, StepTotals
 from ftlit.callbacks.rollout_samples import RolloutSamples
 from ftlit.data.datamodules import MAIN
-from ftlit.data.prompts import PromptData, PromptOrder, PromptRow
+from ftlit.data.prompts import PromptData, PromptOrder
 from ftlit.errors import ConfigError
 from ftlit.models.policy import disable_dropout
 from ftlit.models.value import ValueHead
-from ftlit.objectives.advantages import GAE, Advantage, Outcome, moments, sums
+from ftlit.objectives.advantages import GAE, Advantage, sums
 from ftlit.objectives.kl import KLPenalty, kl_estimate
-from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, reduction_weights, value_loss
+from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
 from ftlit.objectives.scores import TokenScores
 from ftlit.rollout.experience import Experience, cut
-from ftlit.rollout.generate import Answer, seed_of
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
 from ftlit.rollout.loader import RolloutLoader
 from ftlit.rollout.rewards import RewardShaping, Rewards
 from ftlit.rollout.verifiers import Verifier
 from ftlit.stages.base import MicroLoss, Stage
+from ftlit.stages.rollouts import Rollouts
 
 
 class PPO(Stage):
@@ -102,7 +100,9 @@ class PPO(Stage):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.rewards = Rewards(reward if isinstance(reward, list) else [reward] if reward else [], reward_weights, shaping)
+        self.rewards = Rewards(
+            reward if isinstance(reward, list) else [reward] if reward else [], reward_weights, shaping
+        )
         self.advantage, self.policy_loss, self.kl = advantage or GAE(), loss or PPOClip(), kl or KLPenalty()
         self.num_answers, self.update_epochs, self.num_minibatches = num_answers, update_epochs, num_minibatches
         self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p)
@@ -112,13 +112,10 @@ class PPO(Stage):
         self.value_lr = value_lr or self.lr
         self._check()
         self.value_head: ValueHead | None = None
-        self.kl_coef = self.kl.coef
-        self.samples: list[dict[str, Any]] = []
-        self.rollouts: RolloutLoader | None = None
+        self.rollouts = Rollouts(self)
+        self.loader: RolloutLoader | None = None
         self._resumed: tuple[Experience | None, int] = (None, 0)
-        self._of_rollout: dict[str, float] = {}
-        self._seconds = {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
-        self._val: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def _check(self) -> None:
         least = self.advantage.least_answers
@@ -192,17 +189,18 @@ class PPO(Stage):
         """Which prompts each rollout takes."""
         return self.data.planner(self.accumulate, self.trainer.world_size)  # type: ignore[no-any-return]
 
-    def _plan_length(self, data: Any) -> int:
+    def plan_length(self, data: Any) -> int:
+        """Optimizer steps of an epoch."""
         return len(data.planner(self.accumulate, self.trainer.world_size)) * self.update_epochs * self.num_minibatches
 
     def rollout_loader(self) -> RolloutLoader:
         """What the data module yields for training."""
         experience, first = self._resumed
-        self.rollouts = RolloutLoader(
-            self.collect, lambda: self.trainer.global_step, self._plan_length(self.data), self.update_epochs,
+        self.loader = RolloutLoader(
+            self.rollouts.collect, lambda: self.trainer.global_step, self.plan_length(self.data), self.update_epochs,
             self.data.seed, experience, first,
         )  # fmt: skip
-        return self.rollouts
+        return self.loader
 
     def steps_in_words(self, data: Any) -> str:
         """What a run consists of."""
@@ -211,165 +209,6 @@ class PPO(Stage):
             f"{self.num_steps:,} optimizer steps: {self.update_epochs} x {self.num_minibatches} for each rollout of "
             f"{prompts:,} prompts x {self.num_answers} answers"
         )
-
-    # ---- a rollout --------------------------------------------------------------------------------------------------
-
-    def collect(self, number: int) -> Experience:
-        """Draws, rewards and scores the answers of one rollout, and estimates their advantages.
-
-        Args:
-            number: Which rollout of the run; it decides the prompts and all that is drawn.
-        """
-        assert self.policy is not None
-        parts = [self.order.rollout(number)[m :: self.num_minibatches] for m in range(self.num_minibatches)]
-        mine = [part[self.trainer.global_rank :: self.trainer.world_size] for part in parts]
-        places = [place for part in mine for place, _ in part]
-        rows = [self.data.rows["train"][row] for part in mine for _, row in part]
-        with self._timed("rollout"):
-            seeds = [seed_of(self.data.seed, place, k) for place in places for k in range(self.num_answers)]
-            answers = self._draw(rows, seeds, self.sampling)
-            said = self._reward(rows, answers, self.num_answers)
-            baselines = self._greedy_rewards(rows) if self.advantage.uses_greedy else None
-        with self._timed("scoring"):
-            step = self.trainer.global_step
-            found = Experience(
-                number, step, [row.input_ids for row in rows], [row for part in mine for _, row in part],
-                [one.drawn for one in answers], [i // self.num_answers for i in range(len(answers))],
-            )  # fmt: skip
-            self._cut(found, [len(part) for part in mine])
-            tokens = self._score(found, [micro for one in found.steps for micro in one])
-            self._estimate(found, tokens, said, answers, baselines)
-        self._keep("train", rows, answers, said, found, self.num_answers)
-        return found
-
-    def _draw(self, rows: Sequence[PromptRow], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
-        assert self.policy is not None
-        if not rows:
-            return []
-        quiet = not self.trainer.is_global_zero
-        with self.trainer.precision_plugin.forward_context():
-            prompts = [row.input_ids for row in rows]
-            return self.generator(self.policy.lm, self.strategy, self.tokenizer, prompts, seeds, sampling, quiet)
-
-    def _reward(self, rows: Sequence[PromptRow], answers: Sequence[Answer], each: int) -> Tensor:
-        """What each reward says, `[K, S]`."""
-        repeated = [row for row in rows for _ in range(each)]
-        names = sorted({name for row in repeated for name in row.columns})
-        columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
-        columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
-        texts = [self._text(one) for one in answers]
-        with isolate_rng():  # a reward may draw too
-            return self.rewards([row.turns for row in repeated], texts, columns) if rows else torch.zeros(
-                len(self.rewards.functions), 0
-            )  # fmt: skip
-
-    def _text(self, answer: Answer) -> str:
-        return str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
-
-    def _greedy_rewards(self, rows: Sequence[PromptRow]) -> Tensor:
-        """The shaped reward of the greedy answer to each prompt, once an answer, `[S]`."""
-        greedy = self._draw(rows, [0] * len(rows), self.sampling._replace(num_answers=1, temperature=0.0))
-        scores = self._shaped(self.rewards.weighted(self._reward(rows, greedy, 1)), greedy, learn=False)
-        return scores.repeat_interleave(self.num_answers)
-
-    def _shaped(self, scores: Tensor, answers: Sequence[Answer], learn: bool) -> Tensor:
-        lengths = torch.tensor([len(one.drawn) for one in answers], dtype=torch.int64)
-        ended = torch.tensor([one.ended for one in answers], dtype=torch.bool)
-        return self.rewards.shaped(scores, lengths, ended, self._total, learn)
-
-    def _cut(self, found: Experience, prompts: Sequence[int]) -> None:
-        """Cuts a rollout into minibatches of whole prompts, and these into as many micro-batches on every rank."""
-        stops = torch.tensor(prompts).cumsum(0).tolist()
-        cuts, counts = [], []
-        for start, stop in zip([0, *stops[:-1]], stops, strict=True):
-            chosen = [i for i, owner in enumerate(found.owners) if start <= owner < stop]
-            lengths = [len(found.answers[i]) for i in chosen]
-            micros = cut(
-                [found.owners[i] for i in chosen], [len(prompt) for prompt in found.prompts], lengths, self.data.max_tokens
-            )
-            cuts.append([tuple(chosen[i] for i in micro) for micro in micros])
-            total = sum(lengths) + sum(len(prompt) for prompt in found.prompts[start:stop])
-            counts.append([len(micros), sum(lengths), total, len(chosen)])
-        ranks = self._gather(counts)
-        for number, micros in enumerate(cuts):
-            most = max(rank[number][0] for rank in ranks)
-            found.steps.append([*micros, *[()] * (most - len(micros))])
-            targets, tokens, answers = (sum(rank[number][i] for rank in ranks) for i in (1, 2, 3))
-            found.totals.append(StepTotals(float(targets), targets, tokens, answers))
-
-    @torch.no_grad()
-    def _score(self, found: Experience, micros: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-        """What policy and start say of each token, on the very path and in the very packs of the update."""
-        assert self.policy is not None
-        wanted = {"states"} if self.value_head is not None else set()
-        filled = [micro for micro in micros if micro]
-        parts: dict[str, list[Tensor]] = {"old_logps": [], "reference": [], "entropy": [], "values": []}
-        with self.trainer.precision_plugin.forward_context():
-            batches = [found.pack(micro).to(self.device) for micro in filled]
-            for batch in batches:
-                scores = self.policy(batch, needs=wanted, watch={"entropy"})
-                parts["old_logps"].append(scores.logps)
-                parts["entropy"].append(scores.entropy)
-                if self.value_head is not None:
-                    parts["values"].append(self.value_head(scores.states))
-            with self.strategy.start(self.policy.lm):
-                parts["reference"] += [self.policy(batch).logps for batch in batches]
-        places = torch.cat([found.places(micro) for micro in filled]) if filled else torch.zeros(0, dtype=torch.int64)
-        tokens = {}
-        for name, values in parts.items():
-            if values or not filled:
-                flat = torch.cat(values).cpu() if values else torch.zeros(0)
-                tokens[name] = torch.empty_like(flat).index_copy(0, places, flat)
-        return tokens
-
-    def _estimate(
-        self,
-        found: Experience,
-        tokens: dict[str, Tensor],
-        said: Tensor,
-        answers: Sequence[Answer],
-        baselines: Tensor | None,
-    ) -> None:
-        """Rewards become advantages; the weight of the KL penalty is steered; the metrics of the rollout are counted."""
-        old, reference = tokens["old_logps"], tokens["reference"]
-        owners, lengths, values = found.token_owners, found.lengths, tokens.get("values")
-        raw = self.rewards.weighted(said)
-        scores = self._shaped(raw, answers, learn=True).to(old.dtype)
-        penalty = torch.zeros_like(old)
-        if self.kl.place == "reward":
-            penalty = -self.kl_coef * kl_estimate(old, reference, self.kl.estimator)
-        baselines = None if baselines is None else baselines.to(old.dtype)
-        outcome = Outcome(scores, penalty, owners, torch.tensor(found.owners, dtype=torch.int64), values, baselines)
-        estimate = self.advantage(outcome, self._total)
-        found.tokens = {"old_logps": old, "reference": reference, "advantages": estimate.advantages}
-        if self.value_head is not None:
-            assert values is not None and estimate.returns is not None
-            found.tokens |= {"values": values, "returns": estimate.returns}
-        weights = torch.zeros(len(old), dtype=torch.float64)
-        for step, total in zip(found.steps, found.totals, strict=True):
-            places = found.places(tuple(one for micro in step for one in micro))
-            weights[places] = reduction_weights(
-                self.policy_loss.reduction, lengths, owners[places], total.targets, total.examples,
-                self.sampling.max_new_tokens,
-            )  # fmt: skip
-        found.tokens["weights"] = weights.to(old.dtype)
-
-        apart = sums(old - reference, owners, len(answers))
-        ended = torch.tensor([float(one.ended) for one in answers])
-        means = {
-            "objective/kl": apart, "objective/scores": raw, "objective/rlhf_reward": outcome.rewards,
-            "answers/length": lengths, "answers/ended": ended, "policy/entropy": tokens["entropy"],
-        }  # fmt: skip
-        if len(said) > 1:
-            means |= {f"rewards/{name}": one for name, one in zip(self.rewards.names, said, strict=True)}
-        metrics = {name: float(moments(value, self._total)[1]) for name, value in means.items()}
-        metrics["objective/scores_std"] = float(moments(raw, self._total)[2].sqrt())
-        metrics["objective/kl_coef"] = self.kl_coef
-        if estimate.returns is not None and values is not None:
-            error, spread = (moments(one, self._total)[2] for one in (estimate.returns - values, estimate.returns))
-            metrics["val/explained_variance"] = float(1 - error / spread) if spread > 0 else 0.0
-        self.kl_coef = self.kl.adapted(self.kl_coef, metrics["objective/kl"])
-        self._of_rollout = metrics
 
     # ---- the update -------------------------------------------------------------------------------------------------
 
@@ -393,8 +232,8 @@ class PPO(Stage):
             "val/ratio": ratios,
         }
         totals = {"loss/policy": policy.loss}
-        if self.kl.place == "loss" and self.kl_coef:
-            loss = loss + self.kl_coef * kl_estimate(scores.logps, known["reference"], self.kl.estimator)
+        if self.kl.place == "loss" and self.rollouts.kl_coef:
+            loss = loss + self.rollouts.kl_coef * kl_estimate(scores.logps, known["reference"], self.kl.estimator)
         if self.entropy_coef:
             assert scores.entropy is not None
             loss = loss - self.entropy_coef * scores.entropy
@@ -417,132 +256,105 @@ class PPO(Stage):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps; ends the update where it has gone too far."""
         super().optimizer_step(*args, **kwargs)
-        self._seconds["update"] += time.perf_counter() - self._started
-        far = self.step_metrics["policy/approxkl"]
-        if self.target_kl is not None and far > self.target_kl and self.rollouts is not None:
-            assert self.rollouts.experience is not None
-            self.rollouts.experience.cut = True
+        self.rollouts.seconds["update"] += time.perf_counter() - self._started
+        too_far = self.target_kl is not None and self.step_metrics["policy/approxkl"] > self.target_kl
+        if too_far and self.loader is not None and self.loader.experience is not None:
+            self.loader.experience.cut = True
 
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
         """Adds what the rollout was, to the first of its steps, and where the time went."""
-        spent = sum(self._seconds.values()) or 1.0
-        shares = {f"time/{name}": seconds / spent for name, seconds in self._seconds.items()}
-        rollout, self._of_rollout = self._of_rollout, {}
-        return {**means, **rollout, **(shares if rollout else {})}
+        found, self.rollouts.metrics = self.rollouts.metrics, {}
+        if not found:
+            return means
+        seconds = self.rollouts.seconds
+        spent = sum(seconds.values())
+        return {**means, **found, **{f"time/{name}": value / spent for name, value in seconds.items()}}
 
     # ---- validation and test ----------------------------------------------------------------------------------------
-
-    def _validate_rows(self, loop: str, numbers: Sequence[int], which: int) -> None:
-        """Answers some held-out prompts greedily and adds what became of them."""
-        if not numbers:
-            return
-        name = self._names(loop)[which]
-        rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][i] for i in numbers]
-        answers = self._draw(rows, [0] * len(rows), self.sampling._replace(num_answers=1, temperature=0.0))
-        said = self._reward(rows, answers, 1)
-        found = Experience(-1, 0, [row.input_ids for row in rows], numbers, [one.drawn for one in answers], range(len(rows)))
-        micros = cut(found.owners, [len(p) for p in found.prompts], [len(a) for a in found.answers], self.data.max_tokens)
-        tokens = self._score(found, micros)
-        apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
-        each = [self.rewards.weighted(said), apart, found.lengths, torch.tensor([one.ended for one in answers]), *said]
-        counts = torch.stack([torch.tensor(float(len(rows))), *(one.sum().float() for one in each)]).double()
-        self._val[name] = self._val.get(name, torch.zeros_like(counts)) + counts
-        self._keep(name if loop == "val" else loop, rows, answers, said, found, 1)
 
     def _names(self, loop: str) -> list[str]:
         return self.data.validation_names if loop == "val" else [MAIN]
 
-    def _log_validation(self, loop: str) -> None:
+    def _evaluate(self, loop: str, numbers: Sequence[int], which: int = 0) -> None:
+        """Answers some held-out prompts greedily and adds what became of them."""
+        if not numbers:
+            return
+        name = self._names(loop)[which]
+        rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][number] for number in numbers]
+        greedy = self.sampling._replace(num_answers=1, temperature=0.0)
+        made = self.rollouts.answer(rows, numbers, [0] * len(rows), greedy)
+        found = made.experience
+        lengths = [len(prompt) for prompt in found.prompts]
+        tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))
+        apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
+        each = [torch.ones(len(rows)), self.rewards.weighted(made.said), apart, found.lengths, made.ended, *made.said]
+        counts = torch.stack([one.double().sum() for one in each])
+        self._sums[name] = self._sums.get(name, torch.zeros_like(counts)) + counts
+        self.rollouts.keep(name if loop == "val" else loop, made)
+
+    def _log_evaluation(self, loop: str) -> None:
+        several = len(self.rewards.names) > 1
         keys = ["reward", "kl", "length", "ended", *(f"rewards/{name}" for name in self.rewards.names)]
         values: dict[str, float] = {}
         for name in self._names(loop):
-            counts = self._total(self._val.get(name, torch.zeros(len(keys) + 1, dtype=torch.float64)))
+            counts = self.rollouts.total(self._sums.get(name, torch.zeros(len(keys) + 1, dtype=torch.float64)))
             place = loop if name == MAIN else f"{loop}/{name}"
-            means = dict(zip(keys, (counts[1:] / counts[0]).tolist(), strict=True))
-            values |= {f"{place}/{key}": v for key, v in means.items() if "/" not in key or len(self.rewards.names) > 1}
-        self._val = {}
-        self.log_evaluation(loop, values)
+            means = zip(keys, (counts[1:] / counts[0]).tolist(), strict=True)
+            values |= {f"{place}/{key}": value for key, value in means if several or "/" not in key}
+        self._sums = {}
+        self._log_values(loop, values)
 
     def validation_step(self, batch: list[int], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answers some held-out prompts."""
-        self._validate_rows("val", batch, dataloader_idx)
+        self._evaluate("val", batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/reward`, `val/kl` (nats an answer), `val/length`, `val/ended`; of other sets `val/NAME/...`."""
         super().on_validation_epoch_end()
-        self._log_validation("val")
+        self._log_evaluation("val")
 
     def test_step(self, batch: list[int], batch_idx: int) -> None:
         """Answers some test prompts."""
-        self._validate_rows("test", batch, 0)
+        self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Logs the same as `test/...`."""
-        self._log_validation("test")
+        self._log_evaluation("test")
 
-    # ---- small parts ------------------------------------------------------------------------------------------------
-
-    def _keep(
-        self,
-        kind: str,
-        rows: Sequence[PromptRow],
-        answers: Sequence[Answer],
-        said: Tensor,
-        found: Experience,
-        each: int,
-    ) -> None:
-        """Remembers answers with their rewards, for `RolloutSamples`."""
-        for number, one in enumerate(answers):
-            row = rows[number // each]
-            self.samples.append(
-                {
-                    "step": self.trainer.global_step, "set": kind, "rollout": found.number, "prompt": row.turns,
-                    "answer": self._text(one), "tokens": len(one.drawn), "ended": one.ended,
-                    "reward": float(self.rewards.weighted(said)[number]),
-                    **{f"reward/{name}": float(said[i, number]) for i, name in enumerate(self.rewards.names)},
-                }  # fmt: skip
-            )
-
-    def _total(self, value: Tensor) -> Tensor:
-        """Sum over the ranks."""
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").to(value.device)  # type: ignore[union-attr, no-any-return]
-
-    def _gather(self, value: Any) -> list[Any]:
-        """The value of every rank."""
-        if self.trainer.world_size == 1:
-            return [value]
-        found: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(found, value)
-        return found
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._seconds[what] += time.perf_counter() - began
+    def _log_values(self, loop: str, values: dict[str, float]) -> None:
+        if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
+            if not self.trainer.ckpt_path:  # a run that goes on has that behind it
+                self.start_metrics = values
+                for logger in self.trainer.loggers:
+                    logger.log_metrics({**values}, step=0)
+            return
+        self.last_metrics = values
+        if loop == "val" and self.trainer.state.fn == "fit":
+            self.log_position()
+        for key, value in values.items():
+            # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
+            self.log(key, value, prog_bar=key == "val/reward", sync_dist=self.trainer.world_size > 1, batch_size=1)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the rollout that the run is in, of every rank, and what steers it."""
         super().on_save_checkpoint(checkpoint)
-        present = None if self.rollouts is None else self.rollouts.experience
+        present = None if self.loader is None else self.loader.experience
         checkpoint["ppo"] = {
-            "rollouts": self._gather(None if present is None else present.state_dict()),
-            "kl_coef": self.kl_coef,
+            "rollouts": self.rollouts.gather(None if present is None else present.state_dict()),
+            "kl_coef": self.rollouts.kl_coef,
             "running": self.rewards.running.state_dict(),
-            "seconds": dict(self._seconds),
-            "of_rollout": dict(self._of_rollout),
+            "seconds": dict(self.rollouts.seconds),
+            "metrics": dict(self.rollouts.metrics),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on in the same rollout; with another number of ranks at the beginning of the next."""
         super().on_load_checkpoint(checkpoint)
         own = checkpoint["ppo"]
-        self.kl_coef, self._seconds = own["kl_coef"], dict(own["seconds"])
-        self._of_rollout = dict(own["of_rollout"])
+        self.rollouts.kl_coef = own["kl_coef"]
+        self.rollouts.seconds, self.rollouts.metrics = dict(own["seconds"]), dict(own["metrics"])
         self.rewards.running.load_state_dict(own["running"])
         ranks = own["rollouts"]
         if self._trainer is None or ranks[0] is None:
