@@ -10,7 +10,7 @@ would cast the float weights of the targets to the precision of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -106,6 +106,8 @@ class PackedBatch:
         target_weights: How much each target counts, float32 `[N]`.
         target_segments: The segment each target belongs to, int64 `[N]`.
         examples: For each segment the index of its row in the data set, -1 for a filler that counts nothing.
+        sources: For each segment where its row comes from: 0 are the rows of the stage, 1 and more those that controls
+            added (see `ftlit.data.added`).
         inputs_embeds: Embedded tokens `[1, T, D]` when a strategy adds virtual tokens, else None.
     """
 
@@ -120,6 +122,7 @@ class PackedBatch:
         target_weights: Tensor,
         target_segments: Tensor,
         examples: tuple[int, ...],
+        sources: tuple[int, ...] = (),
         inputs_embeds: Tensor | None = None,
     ) -> None:
         self.input_ids = input_ids
@@ -130,6 +133,7 @@ class PackedBatch:
         self.target_weights = target_weights
         self.target_segments = target_segments
         self.examples = examples
+        self.sources = sources or (0,) * len(segments)
         self.inputs_embeds = inputs_embeds
 
     @property
@@ -141,6 +145,56 @@ class PackedBatch:
         """A copy with some fields changed."""
         return PackedBatch(**{**self.__dict__, **changes})
 
+    @property
+    def target_sources(self) -> Tensor:
+        """Where the row of each target comes from, int64 `[N]`."""
+        return torch.tensor(self.sources, device=self.target_segments.device)[self.target_segments]
+
+    def select(self, chosen: Tensor) -> PackedBatch:
+        """The same row with only some of its targets.
+
+        Args:
+            chosen: Which, bool `[N]`.
+        """
+        names = ("target_positions", "target_ids", "target_weights", "target_segments")
+        return self.replace(**{name: getattr(self, name)[chosen] for name in names})
+
+    def only(self, sources: Collection[int]) -> PackedBatch:
+        """The segments that come from some sources, with their targets.
+
+        Args:
+            sources: Which; the batch itself is returned where it has no others.
+
+        Raises:
+            ValueError: If none is left, or one has a parent that is not.
+        """
+        keep = [number for number, source in enumerate(self.sources) if source in sources]
+        if len(keep) == len(self.segments):
+            return self
+        if not keep:
+            raise ValueError(f"the batch has no segment of the sources {sorted(sources)}")
+        new = {old: number for number, old in enumerate(keep)}
+        segments, device = self.segments, self.input_ids.device
+        parents = [segments.parents[old] for old in keep]
+        if any(parent >= 0 and parent not in new for parent in parents):
+            raise ValueError("a segment of these sources has a parent of another source")
+        stretches = [torch.arange(segments.offsets[old], segments.offsets[old] + segments.lengths[old]) for old in keep]
+        taken = torch.cat(stretches).to(device)
+        place = torch.zeros(self.num_tokens, dtype=torch.int64, device=device)
+        place[taken] = torch.arange(len(taken), device=device)
+        renumber = torch.tensor([new.get(old, -1) for old in range(len(segments))], device=device)
+        left = self.select(renumber[self.target_segments] >= 0)
+        return left.replace(
+            input_ids=self.input_ids[:, taken],
+            position_ids=self.position_ids[:, taken],
+            segments=Segments([segments.lengths[old] for old in keep], [new.get(parent, -1) for parent in parents]),
+            target_positions=place[left.target_positions],
+            target_segments=renumber[left.target_segments],
+            examples=tuple(self.examples[old] for old in keep),
+            sources=tuple(self.sources[old] for old in keep),
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, taken],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on another device; Lightning calls this."""
         moved = {
@@ -151,13 +205,14 @@ class PackedBatch:
         return self.replace(**moved, segments=Segments(self.segments.lengths, self.segments.parents))
 
 
-def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> PackedBatch:
+def pack(examples: Sequence[Example], indices: Sequence[int] | None = None, sources: Sequence[int] = ()) -> PackedBatch:
     """Lays examples end to end.
 
     Args:
         examples: At least one.
         indices: Row numbers to remember with the examples; 0, 1, ... when left out. An index below 0 marks a
             filler: its targets keep their place but weigh nothing.
+        sources: Where each comes from; the stage's own rows (0) when left out.
 
     Returns:
         The micro-batch, on the CPU.
@@ -188,6 +243,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
         target_weights=torch.from_numpy((weights[places] * real[owners[places]]).astype(np.float32)),
         target_segments=torch.from_numpy(owners[places]),
         examples=numbers,
+        sources=tuple(sources),
     )
 
 
@@ -204,6 +260,8 @@ class StepTotals(NamedTuple):
         targets: Trained tokens.
         tokens: All tokens.
         examples: Examples.
+
+    All of them count the stage's own rows, not those that a control added.
     """
 
     weight: float
@@ -220,12 +278,29 @@ class StepBatch:
     Attributes:
         micro_batches: At least one; every rank has the same number.
         totals: What the step holds over all ranks.
+        own: How many of the micro-batches hold rows of the stage itself; the others only those that controls added.
+            The same on every rank.
     """
 
-    def __init__(self, micro_batches: Sequence[PackedBatch], totals: StepTotals) -> None:
+    def __init__(self, micro_batches: Sequence[PackedBatch], totals: StepTotals, own: int | None = None) -> None:
         self.micro_batches = list(micro_batches)
         self.totals = totals
+        self.own = len(self.micro_batches) if own is None else own
+
+    def only(self, sources: Collection[int]) -> StepBatch:
+        """The step without the rows of other sources; what is left is cut and ordered as if they had never been there.
+
+        Args:
+            sources: Which to keep; 0, the stage's own, is always kept.
+        """
+        keep = {0, *sources}
+        left = [
+            micro.only(keep)
+            for number, micro in enumerate(self.micro_batches)
+            if number < self.own or keep & set(micro.sources)
+        ]
+        return StepBatch(left, self.totals, self.own)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """The step on another device; Lightning calls this."""
-        return StepBatch([batch.to(device, non_blocking) for batch in self.micro_batches], self.totals)
+        return StepBatch([batch.to(device, non_blocking) for batch in self.micro_batches], self.totals, self.own)

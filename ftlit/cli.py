@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from ftlit import callbacks, peft
+from ftlit import callbacks, forgetting, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
 from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
@@ -40,7 +40,7 @@ from ftlit.stages.signals import StopRequest, exit_status
 RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
-COMPONENTS = (callbacks, datamodules, formats, objectives, peft)
+COMPONENTS = (callbacks, datamodules, forgetting, formats, objectives, peft)
 
 
 class Trainer(L.Trainer):
@@ -204,6 +204,11 @@ class CLI(LightningCLI):
             if "gpu backend" in text:
                 text = "no GPU is found here; --config trainer/cpu trains on the CPU."
             raise ConfigError(f"trainer: {text}") from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            twice = str(error).split("`")[1]
+            raise ConfigError(f"trainer.callbacks holds {twice} twice: give each a name of its own.") from error
 
 
 def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:

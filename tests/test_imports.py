@@ -16,11 +16,23 @@ TIERS = [
     {"cli_errors", "cli", "verbs", "testing", "__main__"},
 ]
 TIER = {room: level for level, rooms in enumerate(TIERS) for room in rooms}
+# A control of forgetting acts on a stage: it may name its type, and nothing more.
+TYPE_ONLY = ("forgetting", "stages.base")
 NEVER = [("objectives", "models"), ("objectives", "batch"), ("peft", "stages"), ("data.formats", "models")]
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and path.parent.name == TYPE_ONLY[0]
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.ImportFrom) and inner.module == f"ftlit.{TYPE_ONLY[1]}"
+    }
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ftlit"):
             names = [node.module] if node.module != "ftlit" else [f"ftlit.{alias.name}" for alias in node.names]
             yield from names

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ftlit.batch import Example
+from ftlit.data.added import AddedRows
 from ftlit.data.formats import Conversation, Message, Record, RowFormat, Text
 from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
@@ -114,6 +115,7 @@ class SFTData(L.LightningDataModule):
         self.sets: dict[str, Sequence[Example]] = {}
         self.prompts: list[tuple[Conversation, list[int]]] = []
         self.mixture: Mixture | None = None
+        self.added_rows: list[AddedRows] = []
         self._template: ChatTemplate | None = None
         self._digests: dict[str, np.ndarray] = {}
         self._train_sources: list[Source] = []
@@ -183,6 +185,7 @@ class SFTData(L.LightningDataModule):
             shuffle=self.shuffle,
             seed=self.seed,
             mixture=self.mixture,
+            added_rows=self.added_rows,
         )
 
     def val_dataloader(self) -> list[EvalLoader]:
@@ -263,6 +266,23 @@ class SFTData(L.LightningDataModule):
             if key != "train" and key in self._digests:
                 counts.in_train = also_in(self._digests[key], self._digests["train"])
 
+    def load_added(self, name: str, file: str) -> Joined:
+        """Reads and tokenizes rows that a control adds: in whatever format, without this run's system turn and columns.
+
+        Args:
+            name: Name of the control.
+            file: A file, a folder, a hub id, or `sample:NAME`.
+        """
+        key = f"added:{name}"
+        if key not in self.sets:
+            source = Source(file, None, {}, "train", answers=True)
+            for note in source.notes:
+                self._say(note)
+            self._load(key, f"added ({name})", [self._tokenize(source, own=False)])
+        joined = self.sets[key]
+        assert isinstance(joined, Joined)
+        return joined
+
     def _mix(self, joined: Joined) -> None:
         assert self.weights is not None
         for counts in self.sources["train"]:
@@ -279,11 +299,11 @@ class SFTData(L.LightningDataModule):
     def _tokenized(self, what: str, files: Sequence[str | None]) -> list[Tokenized]:
         return [self._tokenize(source) for source in self._open(what, files)]
 
-    def _tokenize(self, source: Source) -> Tokenized:
+    def _tokenize(self, source: Source, own: bool = True) -> Tokenized:
         made = tokenize(
             source,
             self.template,
-            lambda record: self._changed(source, record),
+            lambda record: self._changed(source, record) if own else record,
             skip=self.on_bad_row == "skip",
             workers=self.num_workers,
             cache=self.cache,

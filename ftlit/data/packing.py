@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ftlit.batch import Example, PackedBatch, StepBatch, StepTotals, pack
+from ftlit.data.added import AddedRows
 from ftlit.data.mixing import Mixture
 from ftlit.data.store import measure
 
@@ -21,11 +22,15 @@ class Step(NamedTuple):
     Attributes:
         ranks: For each rank its micro-batches, each a tuple of example indices; every rank has the same number. An
             empty tuple is filled when loaded, with an example that counts nothing.
-        totals: What the step holds over all ranks.
+        totals: What the step holds over all ranks, without what was added.
+        added: For each rank and micro-batch the examples that controls added, as pairs of source and index.
+        only_added: The source of each further micro-batch, which holds nothing but examples of that source.
     """
 
     ranks: tuple[tuple[tuple[int, ...], ...], ...]
     totals: StepTotals
+    added: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] = ()
+    only_added: tuple[int, ...] = ()
 
 
 class StepPlanner:
@@ -44,6 +49,8 @@ class StepPlanner:
         shuffle: Whether each epoch has an order of its own.
         seed: The order is a function of this and the epoch, and of nothing else.
         mixture: What an epoch takes from each of several sources, in which order; it replaces `shuffle` and `seed`.
+        added_rows: What controls add; the i-th is source i + 1. The micro-batches of the own examples are the same
+            with and without: what is added goes where `max_tokens` leaves room, else into micro-batches of its own.
     """
 
     def __init__(
@@ -57,8 +64,11 @@ class StepPlanner:
         shuffle: bool = True,
         seed: int = 0,
         mixture: Mixture | None = None,
+        added_rows: Sequence[AddedRows] = (),
     ) -> None:
         self.lengths, self.targets, self.weights = (array.tolist() for array in measure(examples))
+        self.added_rows = tuple(added_rows)
+        self._epoch_targets: list[int] = []
         self.batch_size, self.accumulate, self.world = batch_size, accumulate, world
         self.max_tokens, self.shuffle, self.seed, self.mixture = max_tokens, shuffle, seed, mixture
         self.examples_per_step = batch_size * accumulate * world
@@ -79,12 +89,40 @@ class StepPlanner:
 
     def plan(self, epoch: int) -> list[Step]:
         """All steps of an epoch."""
-        order = self.order(epoch)
-        size = self.examples_per_step
-        return [self.step(order[start : start + size]) for start in range(0, len(order), size)]
+        return list(self.steps(epoch))
 
-    def step(self, chosen: Sequence[int]) -> Step:
-        """Cuts the examples of one step into micro-batches for every rank."""
+    def steps(self, epoch: int, first: int = 0) -> Iterator[Step]:
+        """The steps of an epoch, one by one.
+
+        Args:
+            epoch: Which.
+            first: The step of the epoch to begin with.
+        """
+        order, size = self.order(epoch), self.examples_per_step
+        before = 0
+        if self.added_rows:
+            before = self._targets_before(epoch) + sum(self.targets[i] for i in order[: first * size])
+        for start in range(first * size, len(order), size):
+            chosen = order[start : start + size]
+            after = before + sum(self.targets[i] for i in chosen)
+            yield self.step(chosen, [rows.between(before, after) for rows in self.added_rows])
+            before = after
+
+    def _targets_before(self, epoch: int) -> int:
+        """Trained tokens of the epochs before this one."""
+        if self.mixture is None:
+            return epoch * sum(self.targets)
+        while len(self._epoch_targets) < epoch:
+            self._epoch_targets.append(sum(self.targets[i] for i in self.order(len(self._epoch_targets))))
+        return sum(self._epoch_targets[:epoch])
+
+    def step(self, chosen: Sequence[int], added: Sequence[Sequence[int]] = ()) -> Step:
+        """Cuts the examples of one step into micro-batches for every rank.
+
+        Args:
+            chosen: The run's own examples.
+            added: For each of `added_rows` its examples.
+        """
         ranks = self._spread(chosen, self.world, -(-len(chosen) // self.world))
         bins = [self._cut(rank) for rank in ranks]
         most = max(len(rank) for rank in bins)
@@ -95,7 +133,41 @@ class StepPlanner:
             tokens=sum(self.lengths[i] for i in chosen),
             examples=len(chosen),
         )
-        return Step(even, totals)
+        if not any(added):
+            return Step(even, totals)
+        return Step(even, totals, *self._add(even, added))
+
+    def _add(
+        self, own: tuple[tuple[tuple[int, ...], ...], ...], added: Sequence[Sequence[int]]
+    ) -> tuple[tuple[tuple[tuple[tuple[int, int], ...], ...], ...], tuple[int, ...]]:
+        """Puts added examples where there is room; `Step.added` and `Step.only_added`."""
+        filler = min(self.lengths)
+        loads = [[sum(self.lengths[i] for i in part) or filler for part in rank] for rank in own]
+        parts: list[list[list[tuple[int, int]]]] = [[[] for _ in rank] for rank in own]
+        only_added: list[int] = []
+        for source, (rows, chosen) in enumerate(zip(self.added_rows, added, strict=True), start=1):
+            first = [len(rank) for rank in parts]  # new micro-batches hold one source: a source can be left out whole
+            heavy = [0] * self.world
+            for index in sorted(chosen, key=lambda i: (-rows.lengths[i], i)):
+                length = int(rows.lengths[index])
+                rank = min(range(self.world), key=lambda r: (heavy[r], r))
+                heavy[rank] += length
+                open_parts = [*range(len(own[rank])), *range(first[rank], len(parts[rank]))]
+                fits = [p for p in open_parts if self.max_tokens is None or loads[rank][p] + length <= self.max_tokens]
+                if fits:
+                    part = min(fits, key=lambda p: (loads[rank][p], p))
+                else:
+                    part = len(parts[rank])
+                    parts[rank].append([])
+                    loads[rank].append(0)
+                parts[rank][part].append((source, index))
+                loads[rank][part] += length
+            most = max(len(rank) for rank in parts)
+            for rank_parts, rank_loads in zip(parts, loads, strict=True):
+                rank_loads += [0] * (most - len(rank_parts))
+                rank_parts += [[] for _ in range(most - len(rank_parts))]
+            only_added += [source] * (most - first[0])
+        return tuple(tuple(tuple(part) for part in rank) for rank in parts), tuple(only_added)
 
     def _cut(self, chosen: Sequence[int]) -> list[tuple[int, ...]]:
         """As few micro-batches as `batch_size` and `max_tokens` allow, of even size."""
@@ -126,7 +198,11 @@ def _pack(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
     """Packs some examples; none at all becomes the shortest example as a filler, so that every rank runs the model."""
     if indices:
         return pack([examples[i] for i in indices], indices)
-    return pack([examples[int(np.argmin(measure(examples).lengths))]], [FILLER])
+    return pack([_shortest(examples)], [FILLER])
+
+
+def _shortest(examples: Sequence[Example]) -> Example:
+    return examples[int(np.argmin(measure(examples).lengths))]
 
 
 class StepLoader:
@@ -153,15 +229,33 @@ class StepLoader:
         """Yields as many steps as an epoch has, from the present position on (with `repeat`, from the first)."""
         if self.repeat:
             self.taken = 0
-        known, order = -1, list[int]()
+        known, steps = -1, iter(list[Step]())
         for _ in range(len(self)):
             epoch, number = divmod(self.taken, len(self))
             if epoch != known:
-                known, order = epoch, self.planner.order(epoch)
+                known, steps = epoch, self.planner.steps(epoch, number)
             self.taken += 1
-            size = self.planner.examples_per_step
-            step = self.planner.step(order[number * size : (number + 1) * size])
-            yield StepBatch([_pack(self.examples, part) for part in step.ranks[self.rank]], step.totals)
+            yield self.load(next(steps))
+
+    def load(self, step: Step) -> StepBatch:
+        """The micro-batches of a step."""
+        own = step.ranks[self.rank]
+        if not step.added:
+            return StepBatch([_pack(self.examples, part) for part in own], step.totals)
+        added = step.added[self.rank]
+        micro_batches = [self._joined(part, more, 0) for part, more in zip(own, added, strict=False)]
+        rest = zip(added[len(own) :], step.only_added, strict=True)
+        micro_batches += [self._joined((), more, source) for more, source in rest]
+        return StepBatch(micro_batches, step.totals, len(own))
+
+    def _joined(self, own: Sequence[int], added: Sequence[tuple[int, int]], source: int) -> PackedBatch:
+        """A micro-batch with added examples; where nothing of its source is in it, a filler of that source is."""
+        rows = [(self.examples[i], i, 0) for i in own]
+        if not rows and not (source and added):
+            rows = [(_shortest(self.examples), FILLER, source)]
+        rows += [(self.planner.added_rows[number - 1].examples[i], i, number) for number, i in added]
+        examples, indices, sources = zip(*rows, strict=True)
+        return pack(examples, indices, sources)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; Lightning saves this."""

@@ -1,8 +1,8 @@
 """How much was forgotten, with what certainty: formulas on numbers, no model in here.
 
-Two models score the same documents. With `d_i` the sum over the tokens of document i of (NLL now - NLL at the start) and
-`n_i` its tokens, the change of NLL a token is `sum d / sum n`. Tokens of a document hang together, so documents are what
-is resampled: pairing removes how hard the documents are, clustering keeps the interval honest (Miller 2024,
+Two models score the same documents. With `d_i` the sum over the tokens of document i of (NLL now - NLL at the start)
+and `n_i` its tokens, the change of NLL a token is `sum d / sum n`. Tokens of a document hang together, so documents are
+what is resampled: pairing removes how hard the documents are, clustering keeps the interval honest (Miller 2024,
 arXiv:2411.00640).
 """
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlit.batch import Example, PackedBatch, pack
 from ftlit.errors import ConfigError
 from ftlit.models.attention import NAME, packed_mask
+from ftlit.models.divergence import token_kl
 from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 class Policy(nn.Module):
     """Runs packed batches through a causal language model.
 
-    `score` is a method of the root module, not a function on its parts, so that FSDP2 can gather the root's weights
-    (embedding and output layer) around it: `register_fsdp_forward_method(policy, "score")`.
+    Under FSDP2 the weights of the root (embedding and output layer) are gathered around a call of the module: so it is
+    called, `policy(batch)`, and whatever needs those weights happens inside.
 
     Args:
         lm: A transformers causal language model; the strategy is applied to it here.
@@ -44,8 +46,12 @@ class Policy(nn.Module):
         self.longest = longest_exact(lm)
         self.draws = has_dropout(lm)
 
-    def score(
-        self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
+    def forward(
+        self,
+        batch: PackedBatch,
+        needs: AbstractSet[str] = frozenset(),
+        watch: AbstractSet[str] = frozenset(),
+        kl: Mapping[int, float] | None = None,
     ) -> TokenScores:
         """Scores every target of a micro-batch.
 
@@ -53,10 +59,30 @@ class Policy(nn.Module):
             batch: The micro-batch as the loader made it.
             needs: Further scores with their gradients (`entropy`, `mean_logps`).
             watch: Further scores without gradients.
+            kl: For some sources of rows the temperature of the divergence from the model at the start of the run to the
+                present one; it costs a pass of the start model over their rows.
 
         Returns:
             Log-probability (nats) and top-1 hit of each target, `[N]`, and what was asked for.
+
+        Raises:
+            ConfigError: If packing would not be exact for an example as long as this.
         """
+        wanted = {source: temperature for source, temperature in (kl or {}).items() if source in batch.sources}
+        hidden = self.hidden(batch)
+        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch)
+        if kl is None:
+            return scores
+        divergences = torch.zeros_like(scores.logps)
+        for source, temperature in wanted.items():
+            rows = (batch.target_sources == source).nonzero()[:, 0]
+            start, start_head = self._start(batch.only({source}))
+            values = token_kl(hidden.index_select(0, rows), head_of(self.lm), start, start_head, temperature)
+            divergences = divergences.index_copy(0, rows, values)
+        return scores._replace(kl=divergences)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The hidden states that predict the targets, `[N, D]`."""
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
@@ -65,18 +91,24 @@ class Policy(nn.Module):
                 f"{type(self.lm).__name__} scales its positions by the longest example of a row beyond {self.longest} "
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
             )
-        return score_packed(self.lm, batch, needs, watch, **self.strategy.attention_kwargs(self.lm, batch))
+        return target_states(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
+
+    @torch.no_grad()
+    def _start(self, batch: PackedBatch) -> tuple[Tensor, Head]:
+        """Hidden states and output layer of the model at the start of the run, without dropout."""
+        was = self.training
+        self.eval()
+        try:
+            with self.strategy.start(self.lm):
+                # Detached: the start context may put the trained values back into the same parameters when it ends.
+                return self.hidden(batch), head_of(self.lm).detach()
+        finally:
+            self.train(was)
 
     def _repeats(self) -> bool:
         """Whether equal tokens after equal tokens have equal states: no dropout, no inputs of the strategy's own."""
         own = type(self.strategy).prepare is not PEFTStrategy.prepare
         return not own and not (self.draws and self.training) and self.longest is None
-
-    def forward(
-        self, batch: PackedBatch, needs: AbstractSet[str] = frozenset(), watch: AbstractSet[str] = frozenset()
-    ) -> TokenScores:
-        """The same as `score`."""
-        return self.score(batch, needs, watch)
 
 
 def score_packed(
@@ -95,6 +127,17 @@ def score_packed(
         watch: Further scores without gradients.
         attention_kwargs: What every attention layer gets besides the segments.
     """
+    return token_scores(target_states(lm, batch, **attention_kwargs), head_of(lm), batch.target_ids, needs, watch)
+
+
+def target_states(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: Any) -> Tensor:
+    """The hidden states of a bare model that predict the targets of a prepared micro-batch, `[N, D]`.
+
+    Args:
+        lm: A causal language model switched to packed attention.
+        batch: The micro-batch; its `inputs_embeds` are used where it has them.
+        attention_kwargs: What every attention layer gets besides the segments.
+    """
     inputs = {"input_ids": batch.input_ids} if batch.inputs_embeds is None else {"inputs_embeds": batch.inputs_embeds}
     hidden = lm.base_model(
         **inputs,
@@ -105,8 +148,7 @@ def score_packed(
         **attention_kwargs,
     ).last_hidden_state[0]
     # index_select: branches of one prompt share its last token, and only this backward is repeatable then.
-    chosen = hidden.index_select(0, batch.target_positions)
-    return token_scores(chosen, head_of(lm), batch.target_ids, needs, watch)
+    return hidden.index_select(0, batch.target_positions)
 
 
 def head_of(lm: PreTrainedModel) -> Head:

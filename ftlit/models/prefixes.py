@@ -42,6 +42,7 @@ def shared(batch: PackedBatch) -> PackedBatch:
         target_positions=new[batch.target_positions],
         target_segments=torch.tensor(row.leaves)[batch.target_segments],
         examples=tuple(batch.examples[owner] for owner in row.owners),
+        sources=tuple(batch.sources[owner] for owner in row.owners),
     )
 
 

@@ -45,6 +45,14 @@ class Head(NamedTuple):
     softcap: float | None = None
     low_rank: LowRank | None = None
 
+    def detach(self) -> Head:
+        """The same numbers as constants."""
+        bias = None if self.bias is None else self.bias.detach()
+        low_rank = None
+        if self.low_rank is not None:
+            low_rank = self.low_rank._replace(down=self.low_rank.down.detach(), up=self.low_rank.up.detach())
+        return self._replace(weight=self.weight.detach(), bias=bias, low_rank=low_rank)
+
 
 def token_scores(
     hidden: Tensor,

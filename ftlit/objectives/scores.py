@@ -18,12 +18,24 @@ class TokenScores(NamedTuple):
         correct: Whether no other token is more likely, bool `[N]`.
         entropy: Entropy of the distribution that the target is drawn from, nats, `[N]`; None unless asked for.
         mean_logps: Mean log-probability of all V tokens of the vocabulary, nats, `[N]`; None unless asked for.
+        kl: KL divergence from the start model to the present one, nats, `[N]`; 0 at targets of other sources than those
+            it was asked for. None unless asked for.
     """
 
     logps: Tensor
     correct: Tensor
     entropy: Tensor | None = None
     mean_logps: Tensor | None = None
+    kl: Tensor | None = None
+
+    def select(self, chosen: Tensor) -> TokenScores:
+        """The scores of some targets.
+
+        Args:
+            chosen: Which, bool `[N]`.
+        """
+        values = {name: value[chosen] for name, value in self._asdict().items() if value is not None}
+        return TokenScores(**values)
 
 
 __all__ = ["EXTRAS", "TokenScores"]

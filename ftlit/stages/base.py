@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
+from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.prepare import prepare_controls
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
 from ftlit.models.shard import shard
+from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, PEFTStrategy
 from ftlit.ranks import whole
 from ftlit.stages.checkpoint_io import AtomicCheckpointIO
@@ -130,18 +133,35 @@ class Stage(L.LightningModule):
         self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._started = self._lr = 0.0
-        self._totals = StepTotals(0.0, 0, 0, 0)
+        self.totals = StepTotals(0.0, 0, 0, 0)
+        self._hooks: list[Any] = []
         self._means: dict[str, float] = {}
+        self._of_controls: dict[str, float] = {}
         self.stop = StopRequest()
         self._agreed_to_stop = False
-        self._batch = StepBatch([], self._totals)
+        self._batch = StepBatch([], self.totals)
         self._validated_at = -1
 
     # ---- what a stage says ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def micro_loss(self, batch: PackedBatch) -> MicroLoss:
-        """Loss and metrics of one micro-batch, as sums."""
+    def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
+        """Loss and metrics of one micro-batch, as sums.
+
+        Args:
+            batch: The micro-batch, with the stage's own targets only.
+            scores: What the policy says of each of them.
+        """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Token scores with gradients that `micro_loss` reads besides `logps` and `correct`."""
+        return frozenset()
+
+    @property
+    def watch(self) -> frozenset[str]:
+        """Token scores without gradients that it reads."""
+        return frozenset()
 
     @abstractmethod
     def total(self, totals: StepTotals) -> float:
@@ -191,6 +211,8 @@ class Stage(L.LightningModule):
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
             assert self.device_mesh is not None
             shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            prepare_controls(self)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
@@ -200,6 +222,11 @@ class Stage(L.LightningModule):
             return torch.float64
         half = {"bf16": torch.bfloat16, "16": torch.float16}.get(kind)
         return half if half is not None and (mode == "true" or not self.strategy.trains_base) else torch.float32
+
+    @property
+    def controls(self) -> list[ForgettingControl]:
+        """The controls of forgetting of this run, in the order of the callbacks."""
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, ForgettingControl)]
 
     # ---- the optimizer --------------------------------------------------------------------------------------------
 
@@ -276,6 +303,9 @@ class Stage(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Gives the Trainer its settings back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         if stage == "fit":
             self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch = self._given
 
@@ -287,6 +317,10 @@ class Stage(L.LightningModule):
         """
         self.stop.install()
         self.planned_steps = self.num_steps
+        for control in self.controls:
+            if type(control).after_step is not ForgettingControl.after_step:
+                hook = self.trainer.optimizers[0].register_step_post_hook(lambda *_, of=control: of.after_step(self))
+                self._hooks.append(hook)
         if isinstance(self.trainer.train_dataloader, StepLoader):
             self.trainer.train_dataloader.taken = self.trainer.global_step
         if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self._validates_here():
@@ -314,19 +348,59 @@ class Stage(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # Lightning moves it on before the step is logged
-        # DDP averages over ranks; the sum over all ranks is wanted.
-        scale = self.trainer.world_size / self.total(batch.totals)
+        self.totals = batch.totals
+        controls = [control for control in self.controls if control.weight]
+        batch = batch.only({control.source for control in controls})
         sums: dict[str, Tensor] = {}
         for number, micro in enumerate(batch.micro_batches, start=1):
-            result = self.micro_loss(micro)
-            for name, value in {**result.sums, _LOSS: result.loss}.items():
+            loss, values = self._loss(micro, controls)
+            for name, value in values.items():
                 sums[name] = sums[name] + value if name in sums else value
-            loss = result.loss * scale
+            loss = loss * self.trainer.world_size  # DDP averages over ranks; the sum over all ranks is wanted
             if number < len(batch.micro_batches):
                 with torch.autocast(self.device.type, enabled=False):  # as Lightning's own backward: outside of it
                     self.trainer.strategy.backward(loss, None)
-        self._means, self._totals = self._reduce(sums, batch), batch.totals
+        means = self._reduce(sums, batch)
+        self._of_controls = {
+            f"forgetting/{control.name}/{name}": value
+            for control in controls
+            for name, value in control.summary(_part(means, control.name)).items()
+        }
+        self._means = {name: value for name, value in means.items() if not name.startswith("forgetting/")}
         return loss
+
+    def _loss(self, batch: PackedBatch, controls: list[ForgettingControl]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's part of the loss of the step, and of its metrics: one forward pass serves stage and controls.
+
+        Args:
+            batch: The micro-batch, with the rows of all sources.
+            controls: Those whose weight is not 0.
+        """
+        assert self.policy is not None
+        needs = self.needs.union(*(control.needs for control in controls))
+        divergences = {source: t for control in controls for source, t in control.kl.items()}
+        scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None)
+        own_batch, own_scores = batch, scores
+        if any(batch.sources):
+            own = batch.target_sources == 0
+            own_batch, own_scores = batch.select(own), scores.select(own)
+        result = self.micro_loss(own_batch, own_scores)
+        total = self.total(self.totals)
+        loss = result.loss / total
+        values = {name: value / total for name, value in result.sums.items()}
+        for control in controls:
+            penalty = control.penalty(self, batch, scores)
+            if penalty is None:
+                continue
+            loss = loss + control.weight * penalty.loss
+            values |= {f"forgetting/{control.name}/{name}": value for name, value in penalty.metrics.items()}
+        loss = loss / self.divisor
+        return loss, {**values, _LOSS: loss}
+
+    @property
+    def divisor(self) -> float:
+        """What the loss is divided by: 1, and the weights that a budget turns, so that they do not change its size."""
+        return 1.0
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""
@@ -343,7 +417,7 @@ class Stage(L.LightningModule):
         names = [*sorted(sums), _STOP]
         sums = {**sums, _STOP: torch.tensor(float(self.stop.signal is not None), device=self.device)}
         values = torch.stack([sums[name].detach().double() for name in names])
-        values = self.trainer.strategy.reduce(values, reduce_op="sum") / self.total(batch.totals)
+        values = self.trainer.strategy.reduce(values, reduce_op="sum")
         means = dict(zip(names, values.tolist(), strict=True))
         self._agreed_to_stop = means.pop(_STOP) > 0
         self._batch = batch
@@ -358,7 +432,9 @@ class Stage(L.LightningModule):
         Raises:
             FloatingPointError: Always; names the rows of the step.
         """
-        rows = [row for micro in self._batch.micro_batches for row in micro.examples if row >= 0]
+        micros = self._batch.micro_batches
+        places = [place for micro in micros for place in zip(micro.examples, micro.sources, strict=True)]
+        rows = [row for row, source in places if row >= 0 and source == 0]
         where = getattr(getattr(self.trainer, "datamodule", None), "where", None)
         named = [where(row) if where is not None else f"training example {row + 1}" for row in rows[:8]]
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
@@ -391,9 +467,10 @@ class Stage(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
-        totals, seconds = self._totals, time.perf_counter() - self._started
+        totals, seconds = self.totals, time.perf_counter() - self._started
         self.step_metrics = {
             **{f"train/{name}": value for name, value in self.step_summary(self._means).items()},
+            **self._of_controls,
             "train/lr": self._lr,
             "train/grad_norm": self.grad_norm,
             "train/tokens_per_s": totals.tokens / seconds,
@@ -495,3 +572,9 @@ class Stage(L.LightningModule):
     def _data_fingerprint(self) -> str:
         make = getattr(getattr(self._trainer, "datamodule", None), "fingerprint", None)
         return "" if make is None else make()
+
+
+def _part(means: dict[str, float], control: str) -> dict[str, float]:
+    """What a control measured, under its own names."""
+    prefix = f"forgetting/{control}/"
+    return {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}

@@ -49,10 +49,18 @@ class SFT(Stage):
         _check_names("model.extra_metrics", self.extra_metrics, ("entropy",))
         self.metrics = nn.ModuleDict()
 
-    def micro_loss(self, batch: PackedBatch) -> MicroLoss:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the objective reads."""
+        return self.objective.needs
+
+    @property
+    def watch(self) -> frozenset[str]:
+        """The extra metrics."""
+        return frozenset(self.extra_metrics)
+
+    def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Weighted sum of the token losses."""
-        assert self.policy is not None
-        scores = self.policy(batch, needs=self.objective.needs, watch=frozenset(self.extra_metrics))
         weights = batch.target_weights.to(scores.logps.dtype)
         means = {"loss": -scores.logps, "accuracy": scores.correct, **self._extra(scores)}
         return MicroLoss(
@@ -84,7 +92,7 @@ class SFT(Stage):
 
     def _update(self, loop: str, batch: PackedBatch, number: int) -> None:
         assert self.policy is not None
-        scores = self.policy(batch, watch=frozenset(self.extra_metrics))
+        scores = self.policy(batch, watch=self.watch)
         metric: Any = self.metrics[self._names(loop)[number]]
         metric.update(scores.logps, scores.correct, batch.target_weights, **self._extra(scores))
 

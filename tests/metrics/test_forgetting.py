@@ -23,7 +23,7 @@ def coverage(count, runs, skewed, one_sided=False, resamples=500):
     for run in range(runs):
         one = PairedChange(*documents(generator, count, skewed=skewed), resamples=resamples, seed=run)
         low, high = one.interval()
-        inside += (0.02 <= one.upper()) if one_sided else (low <= 0.02 <= high)
+        inside += (one.upper() >= 0.02) if one_sided else (low <= 0.02 <= high)
     return inside / runs
 
 
@@ -78,7 +78,8 @@ def test_draws_are_the_resampled_ratio():
     """All 27 resamples of three documents, with their probabilities, against the drawn distribution."""
     sums, counts = np.array([1.0, -2.0, 4.0]), np.array([3, 1, 8])
     expected = sorted(
-        sum(sums[i] for i in chosen) / sum(counts[i] for i in chosen) for chosen in itertools.product(range(3), repeat=3)
+        sum(sums[i] for i in chosen) / sum(counts[i] for i in chosen)
+        for chosen in itertools.product(range(3), repeat=3)
     )
     draws = PairedChange(sums, counts, resamples=40_000)._draws
     values, shares = np.unique(np.round(expected, 9), return_counts=True)
@@ -143,7 +144,7 @@ def test_t_quantile(level, freedom, expected):
     assert t_quantile(level, freedom) == pytest.approx(expected, abs=2e-3 if freedom != 3 else 1e-2)
 
 
-# ---- tasks in sequence ------------------------------------------------------------------------------------------------
+# ---- tasks in sequence -----------------------------------------------------------------------------------------------
 
 TABLE = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.75, 0.5, 0.95]]
 START = [0.1, 0.15, 0.05]

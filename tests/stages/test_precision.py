@@ -38,7 +38,9 @@ def fit(precision=None, *, scale=None, strategy=None, steps=4, batch_size=8, acc
 def test_the_precision_decides_the_type_whatever_the_checkpoint_holds(tmp_path, make, precision, frozen, trained):
     tiny_lm(dtype=torch.bfloat16).save_pretrained(tmp_path)
     stage = SFT(policy=str(tmp_path), peft=make())
-    stage._trainer = type("Trainer", (), {"precision": precision, "strategy": None, "ckpt_path": None})()
+    state = type("State", (), {"fn": "validate"})()
+    options = {"precision": precision, "strategy": None, "ckpt_path": None, "state": state}
+    stage._trainer = type("Trainer", (), options)()
     stage.configure_model()
     assert stage.policy.training
     for parameter in stage.policy.parameters():

@@ -23,9 +23,12 @@ class Data(L.LightningDataModule):
     def __init__(self, examples, **plan):
         super().__init__()
         self.examples, self.options = examples, {"batch_size": 8, "shuffle": False, **plan}
+        self.added_rows = []
 
     def planner(self, accumulate=1, world=1):
-        return StepPlanner(self.examples, accumulate=accumulate, world=world, **self.options)
+        return StepPlanner(
+            self.examples, accumulate=accumulate, world=world, added_rows=self.added_rows, **self.options
+        )
 
     def train_dataloader(self):
         stage = self.trainer.lightning_module
@@ -122,7 +125,8 @@ def test_weights_count_as_often_as_they_say():
     torch.manual_seed(0)
     stage = SFT(policy=tiny_lm("llama", torch.float64), peft=Full())
     stage.configure_model()
-    by_hand = sum(stage.micro_loss(pack([e])).loss for e in (examples[0], examples[0], examples[1])) / 9
+    batches = [pack([e]) for e in (examples[0], examples[0], examples[1])]
+    by_hand = sum(stage.micro_loss(batch, stage.policy(batch)).loss for batch in batches) / 9
     runner = L.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true", accumulate_grad_batches=2,

@@ -1,0 +1,65 @@
+"""Before training: controls see the model at its start, and give their rows to the planner."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from ftlit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
+
+
+def prepare_controls(stage: Stage) -> None:
+    """Prepares every control of a run: refusals, start scores, added rows, the memory of the start.
+
+    Args:
+        stage: A stage whose model is loaded and at its start.
+
+    Raises:
+        ConfigError: If two controls share a name, or one makes no sense with this stage, strategy or data.
+    """
+    controls = stage.controls
+    for name, count in Counter(control.name for control in controls).items():
+        if count > 1:
+            raise ConfigError(f"{count} controls of forgetting are called {name!r}: give each a name of its own.")
+    for control in controls:
+        reason = control.refuse(stage)
+        if reason is not None:
+            raise ConfigError(f"{type(control).__name__} cannot be used here: {reason}")
+    if not controls:
+        return
+    assert stage.policy is not None
+    if not isinstance(stage.trainer.strategy, ModelParallelStrategy):  # that one has already placed the weights
+        stage.policy.to(stage.trainer.strategy.root_device)
+    stage.policy.eval()
+    data: Any = getattr(stage.trainer, "datamodule", None)
+    rows = []
+    # What is drawn here must not move what is drawn in training.
+    with isolate_rng(), stage.trainer.precision_plugin.forward_context():
+        for control in controls:
+            began = time.perf_counter()
+            control.prepare(stage)
+            added = control.added_rows(stage)
+            if added is not None:
+                if not hasattr(data, "added_rows"):
+                    raise ConfigError(f"{type(control).__name__} adds rows, which {type(data).__name__} cannot take.")
+                rows.append(added)
+                control.source = len(rows)
+            if control.kl:
+                stage.strategy.remember_start(stage.policy.lm)
+            seconds = time.perf_counter() - began
+            note = f" ({seconds:.0f} s to prepare)" if seconds >= 1 else ""
+            rank_zero_only(print)(f"control    {control.describe()}{note}", flush=True)
+    stage.policy.train()
+    if rows:
+        data.added_rows = rows
+
+
+__all__ = ["prepare_controls"]
