@@ -27,12 +27,14 @@ from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain, rows_given
-from ftlit.data import datamodules, formats
+from ftlit.data import datamodules, formats, prompts
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
 from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
+from ftlit.objectives import advantages, policy_gradient
 from ftlit.objectives import sft as objectives
+from ftlit.rollout import generator
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
 from ftlit.stages.signals import StopRequest, exit_status
@@ -40,7 +42,18 @@ from ftlit.stages.signals import StopRequest, exit_status
 RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
-COMPONENTS = (callbacks, datamodules, forgetting, formats, objectives, peft)
+COMPONENTS = (
+    advantages,
+    callbacks,
+    datamodules,
+    forgetting,
+    formats,
+    generator,
+    objectives,
+    peft,
+    policy_gradient,
+    prompts,
+)
 
 
 class Trainer(L.Trainer):

@@ -138,7 +138,7 @@ class PromptData(SFTData):
             shuffle=shuffle, seed=seed, on_bad_row=on_bad_row,
         )  # fmt: skip
         self.rows: dict[str, list[PromptRow]] = {}
-        self.lines: dict[str, list[str]] = {}
+        self.lines: dict[str, str] = {}
 
     # ---- what Lightning calls -------------------------------------------------------------------------------------
 
@@ -254,9 +254,10 @@ class PromptData(SFTData):
             notes.append(
                 f"{unknown:,} have no answer of their own" if unknown < len(kept) else "no answers of their own"
             )
-        self.lines[key] = ["; ".join([line, *notes])]
+        self.lines[key] = "; ".join([line, *notes])
         self.rows[key] = kept
-        self.sets[key] = kept  # type: ignore[assignment] - for who only asks for lengths
+        lengths_only: Any = kept
+        self.sets[key] = lengths_only  # for who asks for the lengths of the training rows
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ class PromptData(SFTData):
     @override
     def describe(self) -> list[str]:
         """A line of counts for each set of prompts."""
-        return [line for lines in self.lines.values() for line in lines]
+        return [line for _, line in sorted(self.lines.items(), key=lambda item: item[0] != "train")]
 
     @override
     def report(self) -> list[str]:

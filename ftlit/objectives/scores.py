@@ -20,6 +20,7 @@ class TokenScores(NamedTuple):
         mean_logps: Mean log-probability of all V tokens of the vocabulary, nats, `[N]`; None unless asked for.
         kl: KL divergence from the start model to the present one, nats, `[N]`; 0 at targets of other sources than those
             it was asked for. None unless asked for.
+        states: The hidden state that predicts the target, `[N, D]`; carries the gradient. None unless asked for.
     """
 
     logps: Tensor
@@ -27,6 +28,7 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None = None
     mean_logps: Tensor | None = None
     kl: Tensor | None = None
+    states: Tensor | None = None
 
     def select(self, chosen: Tensor) -> TokenScores:
         """The scores of some targets.

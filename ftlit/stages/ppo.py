@@ -182,12 +182,12 @@ class PPO(Stage):
     @property
     def data(self) -> PromptData:
         """The prompts."""
-        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+        return self.trainer.datamodule
 
     @property
     def order(self) -> PromptOrder:
         """Which prompts each rollout takes."""
-        return self.data.planner(self.accumulate, self.trainer.world_size)  # type: ignore[no-any-return]
+        return self.data.planner(self.accumulate, self.trainer.world_size)
 
     def plan_length(self, data: Any) -> int:
         """Optimizer steps of an epoch."""

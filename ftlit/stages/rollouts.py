@@ -202,7 +202,7 @@ class Rollouts:
         return {name: torch.empty_like(values).index_copy(0, places, values) for name, values in flat.items()}
 
     def _estimate(self, made: Answered, tokens: dict[str, Tensor], baselines: Tensor | None) -> None:
-        """Rewards become advantages; the weight of the KL penalty is steered; the metrics of the rollout are counted."""
+        """Rewards become advantages; the metrics are counted, and the weight of the KL penalty is steered by them."""
         stage, found = self.stage, made.experience
         old, reference, values = tokens["old_logps"], tokens["reference"], tokens.get("values")
         owners, lengths = found.token_owners, found.lengths
@@ -210,9 +210,13 @@ class Rollouts:
         if stage.kl.place == "reward":
             penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
         outcome = Outcome(
-            self._shaped(made, learn=True).to(old.dtype), penalty, owners, torch.tensor(found.owners, dtype=torch.int64),
-            values, None if baselines is None else baselines.to(old.dtype),
-        )  # fmt: skip
+            scores=self._shaped(made, learn=True).to(old.dtype),
+            token_rewards=penalty,
+            owners=owners,
+            groups=torch.tensor(found.owners, dtype=torch.int64),
+            values=values,
+            baselines=None if baselines is None else baselines.to(old.dtype),
+        )
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)
         for step, total in zip(found.steps, found.totals, strict=True):
@@ -222,8 +226,11 @@ class Rollouts:
                 stage.sampling.max_new_tokens,
             )  # fmt: skip
         found.tokens = {
-            "old_logps": old, "reference": reference, "advantages": estimate.advantages, "weights": weights.to(old.dtype)
-        }  # fmt: skip
+            "old_logps": old,
+            "reference": reference,
+            "advantages": estimate.advantages,
+            "weights": weights.to(old.dtype),
+        }
         if values is not None and estimate.returns is not None:
             found.tokens |= {"values": values, "returns": estimate.returns}
         self._measure(made, outcome, tokens, estimate.returns)
@@ -282,7 +289,7 @@ class Rollouts:
         trainer: Any = self.stage.trainer
         if trainer.world_size == 1:
             return value
-        return trainer.strategy.reduce(value.to(self.stage.device), reduce_op="sum").to(value.device)  # type: ignore[no-any-return]
+        return trainer.strategy.reduce(value.to(self.stage.device), reduce_op="sum").to(value.device)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank."""

@@ -1,4 +1,4 @@
-"""The losses of TRL's GRPO and RLOO trainers on identical padded inputs, and ours on the same tokens without padding."""
+"""The losses of TRL's GRPO and RLOO trainers on padded inputs, and ours on the same tokens without padding."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -126,8 +126,6 @@ def test_advantages_equal_trl():
     plain = outcome._replace(token_rewards=torch.zeros_like(flat))
     rewards = numbers.rewards.view(2, 3)
     mean = rewards.mean(1, keepdim=True)
-    torch.testing.assert_close(
-        GRPO(std=False)(plain).advantages[first], (rewards - mean).view(-1), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(GRPO(std=False)(plain).advantages[first], (rewards - mean).view(-1), rtol=0, atol=1e-12)
     scaled = (rewards - mean) / (grpo_trainer.nanstd(rewards, dim=1)[:, None] + 1e-4)
     torch.testing.assert_close(GRPO()(plain).advantages[first], scaled.view(-1), rtol=0, atol=1e-12)

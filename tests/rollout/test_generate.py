@@ -225,9 +225,7 @@ def test_several_answers_share_their_prompt(strategy, size, monkeypatch):
     expected = answer(lm, made, tiny_tokenizer(), repeated, seeds=seeds, **options)
     places, forward = [], type(lm).forward
     count = lambda k: k["position_ids"].shape[1] * k["position_ids"].shape[0]  # noqa: E731
-    monkeypatch.setattr(
-        type(lm), "forward", lambda self, *a, **k: places.append(count(k)) or forward(self, *a, **k)
-    )
+    monkeypatch.setattr(type(lm), "forward", lambda self, *a, **k: places.append(count(k)) or forward(self, *a, **k))
     brought = []
     found = answer(
         lm, made, tiny_tokenizer(), prompts, seeds=seeds, num_answers=3, batch_size=size, done=brought.append, **options
