@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -316,7 +317,7 @@ class PromptLoader:
     def __init__(self, num_rows: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.rows = list(range(rank, num_rows, world))
         self.batch_size = batch_size
-        self.batches = -(-(-(-num_rows // world)) // batch_size)
+        self.batches = math.ceil(math.ceil(num_rows / world) / batch_size)
 
     def __len__(self) -> int:
         return self.batches

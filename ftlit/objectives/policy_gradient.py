@@ -196,7 +196,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     if clip is None:
         return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
     bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    return torch.maximum(plain, bounded) / 2, bounded.detach() > plain.detach()
+    beyond = (values - old_values).detach().abs() > clip
+    return torch.maximum(plain, bounded) / 2, beyond & (bounded.detach() > plain.detach())
 
 
 __all__ = [

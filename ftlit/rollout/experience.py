@@ -27,6 +27,7 @@ class Experience:
         owners: The prompt of each answer.
         number: Which rollout of the run, 0 is the first.
         first_step: Optimizer steps taken before its first.
+        trained: Tokens trained in the run before its first step, on all ranks.
         steps: For each minibatch of the rollout its micro-batches on this rank; as many on every rank.
         totals: For each minibatch what it holds on all ranks.
         tokens: Tensors of tokens by name, each `[N]`, on the CPU: `old_logps`, `reference`, `advantages`, ...
@@ -42,12 +43,13 @@ class Experience:
         *,
         number: int = 0,
         first_step: int = 0,
+        trained: int = 0,
         steps: Sequence[Sequence[Micro]] = (),
         totals: Sequence[StepTotals] = (),
         tokens: Mapping[str, Tensor] | None = None,
         cut: bool = False,
     ) -> None:
-        self.number, self.first_step, self.cut = number, first_step, cut
+        self.number, self.first_step, self.trained, self.cut = number, first_step, trained, cut
         self.prompts, self.rows = [list(prompt) for prompt in prompts], list(rows)
         self.answers, self.owners = [list(answer) for answer in answers], list(owners)
         self.steps = [[tuple(micro) for micro in step] for step in steps]
@@ -93,6 +95,7 @@ class Experience:
         return {
             "number": self.number,
             "first_step": self.first_step,
+            "trained": self.trained,
             "prompts": self.prompts,
             "rows": self.rows,
             "answers": self.answers,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from ftlit.batch import StepBatch
+from ftlit.batch import PackedBatch, StepBatch, pack
+from ftlit.data.added import AddedRows
+from ftlit.data.packing import FILLER, StepPlanner
 from ftlit.rollout.experience import Experience
 from ftlit.rollout.generate import seed_of
 
@@ -26,6 +29,7 @@ class RolloutLoader:
         seed: Seed of the order of the minibatches from the second time on.
         experience: The rollout that a run goes on in; None at its beginning.
         first: Number of the first rollout to draw.
+        added: Cuts the rows that controls add into micro-batches.
     """
 
     def __init__(
@@ -37,9 +41,10 @@ class RolloutLoader:
         seed: int = 0,
         experience: Experience | None = None,
         first: int = 0,
+        added: Added | None = None,
     ) -> None:
         self.collect, self.taken, self.length = collect, taken, length
-        self.update_epochs, self.seed = update_epochs, seed
+        self.update_epochs, self.seed, self.added = update_epochs, seed, added
         self.experience, self._next = experience, first if experience is None else experience.number + 1
 
     def __len__(self) -> int:
@@ -50,7 +55,9 @@ class RolloutLoader:
         for _ in range(self.length):
             present = self.experience
             if present is None or present.cut or self._place(present) >= self.update_epochs * len(present.steps):
+                trained = 0 if present is None else self._trained(present, self._place(present))
                 present = self.experience = self.collect(self._next)
+                present.trained = trained
                 self._next += 1
             yield self.step(present, self._place(present))
 
@@ -64,11 +71,62 @@ class RolloutLoader:
             present: The rollout.
             place: Steps of it before this one.
         """
+        number = self._minibatch(present, place)
+        own = [present.pack(micro) for micro in present.steps[number]]
+        more: list[PackedBatch] = []
+        if self.added is not None:
+            before = self._trained(present, place)
+            more = self.added(before, before + present.totals[number].targets, present.tokens)
+        return StepBatch([*own, *more], present.totals[number], len(own))
+
+    def _minibatch(self, present: Experience, place: int) -> int:
         epoch, number = divmod(place, len(present.steps))
-        if epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, present.number, epoch))
-            number = int(torch.randperm(len(present.steps), generator=generator)[number])
-        return StepBatch([present.pack(micro) for micro in present.steps[number]], present.totals[number])
+        if not epoch:
+            return number
+        generator = torch.Generator().manual_seed(seed_of(self.seed, present.number, epoch))
+        return int(torch.randperm(len(present.steps), generator=generator)[number])
+
+    def _trained(self, present: Experience, place: int) -> int:
+        """Tokens trained in the run before a step."""
+        return present.trained + sum(present.totals[self._minibatch(present, step)].targets for step in range(place))
 
 
-__all__ = ["RolloutLoader"]
+class Added:
+    """The rows that controls add to the steps, in micro-batches of their own; as many on every rank.
+
+    Args:
+        rows: What controls add; the i-th is source i + 1.
+        max_tokens: Most tokens of a micro-batch.
+        rank: Whose micro-batches.
+        world: Number of ranks.
+    """
+
+    def __init__(self, rows: Sequence[AddedRows], max_tokens: int | None, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.max_tokens, self.rank, self.world = list(rows), max_tokens, rank, world
+
+    def __call__(self, before: int, after: int, like: Mapping[str, Tensor]) -> list[PackedBatch]:
+        """What goes with one step.
+
+        Args:
+            before: Trained tokens of the run's own rows before it.
+            after: The same after it.
+            like: The stage's tensors of tokens; these rows have none, but zeros of that type.
+        """
+        out = []
+        for source, rows in enumerate(self.rows, start=1):
+            chosen = rows.between(before, after)
+            if not chosen:
+                continue
+            planner = StepPlanner(
+                rows.examples, batch_size=len(chosen), world=self.world, max_tokens=self.max_tokens, shuffle=False
+            )
+            for part in planner.step(chosen).ranks[self.rank]:
+                numbers = part or (chosen[0],)
+                indices = part or (FILLER,)
+                batch = pack([rows.examples[i] for i in numbers], indices, sources=(source,) * len(numbers))
+                count = len(batch.target_ids)
+                out.append(batch.replace(extras={name: values.new_zeros(count) for name, values in like.items()}))
+        return out
+
+
+__all__ = ["Added", "RolloutLoader"]

@@ -34,8 +34,8 @@ from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
 from ftlit.objectives.scores import TokenScores
 from ftlit.rollout.experience import Experience, cut
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
-from ftlit.rollout.loader import RolloutLoader
-from ftlit.rollout.rewards import RewardShaping, Rewards
+from ftlit.rollout.loader import Added, RolloutLoader
+from ftlit.rollout.rewards import Rewards, RewardShaping
 from ftlit.rollout.verifiers import Verifier
 from ftlit.stages.base import MicroLoss, Stage
 from ftlit.stages.rollouts import Rollouts
@@ -196,9 +196,12 @@ class PPO(Stage):
     def rollout_loader(self) -> RolloutLoader:
         """What the data module yields for training."""
         experience, first = self._resumed
+        added = None
+        if self.data.added_rows:
+            added = Added(self.data.added_rows, self.data.max_tokens, self.trainer.global_rank, self.trainer.world_size)
         self.loader = RolloutLoader(
             self.rollouts.collect, lambda: self.trainer.global_step, self.plan_length(self.data), self.update_epochs,
-            self.data.seed, experience, first,
+            self.data.seed, experience, first, added,
         )  # fmt: skip
         return self.loader
 
@@ -220,7 +223,7 @@ class PPO(Stage):
 
     def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Losses of policy, value, KL and entropy, each token weighted as the policy's loss says."""
-        known, real = batch.extras, batch.target_weights
+        known, real = batch.extras, batch.target_weights.to(scores.logps.dtype)
         owners = batch.target_segments.unique_consecutive(return_inverse=True)[1]
         policy = self.policy_loss(scores.logps, known["old_logps"], known["advantages"], owners)
         loss = policy.loss
