@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -86,6 +86,9 @@ class Stage(L.LightningModule):
     Raises:
         ConfigError: If a number is out of range.
     """
+
+    best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
+    """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ class PPO(Stage):
         ConfigError: If a number is out of range, or settings contradict each other.
     """
 
-    monitored = ("val/reward", "max")
+    best_by = ("val/reward", "max")
 
     def __init__(
         self,

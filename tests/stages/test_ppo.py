@@ -368,7 +368,7 @@ def test_rewards_see_turns_answers_and_columns(rows):
     assert record.steps[0]["rewards/reward"] == pytest.approx(sum(numbers) / 12)
     assert record.steps[0]["objective/rlhf_reward"] == pytest.approx(sum(min(2.0 * n - 1, 9.0) for n in numbers) / 12)
     kept = [
-        json.loads(line) for line in Path(stage.trainer.default_root_dir, "rollouts.jsonl").read_text().splitlines()
+        json.loads(line) for line in Path(stage.trainer.default_root_dir, "rollouts.jsonl").open()
     ]
     assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
 
