@@ -265,13 +265,11 @@ class PPO(Stage):
             self.loader.experience.cut = True
 
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds what the rollout was, to the first of its steps, and where the time went."""
-        found, self.rollouts.metrics = self.rollouts.metrics, {}
-        if not found:
-            return means
+        """Adds what the rollout was that the step belongs to, and the shares of the time so far."""
         seconds = self.rollouts.seconds
         spent = sum(seconds.values())
-        return {**means, **found, **{f"time/{name}": value / spent for name, value in seconds.items()}}
+        shares = {f"time/{name}": value / spent for name, value in seconds.items()}
+        return {**means, **self.rollouts.metrics, **shares}
 
     # ---- validation and test ----------------------------------------------------------------------------------------
 

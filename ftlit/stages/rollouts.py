@@ -51,7 +51,7 @@ class Rollouts:
 
     Attributes:
         kl_coef: The present weight of the KL penalty.
-        metrics: What was measured of the last rollout and is not logged yet.
+        metrics: What was measured of the present rollout.
         seconds: Time spent so far on drawing, scoring and updating.
         samples: Answers for people that are not written yet.
     """

@@ -95,7 +95,7 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert rows[1]["objective/kl"] == 0.0
     assert "train: 9 prompts" in ftlit.out
     assert "for each rollout of 4 prompts x" in ftlit.out
-    samples = [json.loads(line) for line in Path("r/rollouts.jsonl").open()]
+    samples = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
     assert {one["set"] for one in samples} == {"train", "main"}
     assert Path("r/adapter/last/adapter_model.safetensors").exists()
     assert Path("r/checkpoints/best.ckpt").exists()
