@@ -73,6 +73,8 @@ class SFTData(L.LightningDataModule):
 
     step_loader: ClassVar[type[StepLoader]] = StepLoader
     eval_loader: ClassVar[type[EvalLoader]] = EvalLoader
+    needs_answers: ClassVar[bool] = True
+    """Whether rows must have an answer to train on."""
 
     def __init__(
         self,
@@ -329,7 +331,8 @@ class SFTData(L.LightningDataModule):
         for file in files:
             if file is None:
                 raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
-            wanted: dict[str, Any] = {"answers": what != "predict", "choose": self._choose}
+            answers = self.needs_answers and what != "predict"
+            wanted: dict[str, Any] = {"answers": answers, "choose": self._choose}
             sources.append(Source(file, self.row_format, self.columns, prefer, **wanted))
             for note in sources[-1].notes:
                 self._say(note)
@@ -360,7 +363,7 @@ class SFTData(L.LightningDataModule):
             try:
                 record = self._record(source, row)
                 with source.at(row):
-                    self.prompts.append((_as_conversation(record), self.template.prompt_of(record)))
+                    self.prompts.append((as_conversation(record), self.template.prompt_of(record)))
             except DataError as error:
                 if self.on_bad_row == "error":
                     raise
@@ -618,7 +621,7 @@ def _readable(made: Tokenized) -> np.ndarray:
     return rows
 
 
-def _as_conversation(record: Record) -> Conversation:
+def as_conversation(record: Record) -> Conversation:
     """A record as turns, for the file of the predictions."""
     if isinstance(record, Comparison):
         record = record.answers[0]
