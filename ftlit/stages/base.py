@@ -496,6 +496,8 @@ class Stage(L.LightningModule):
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
         totals, seconds = self.totals, time.perf_counter() - self._started
+        for control in self.controls:
+            self._of_controls |= {f"forgetting/{control.name}/{key}": x for key, x in control.step_values.items()}
         self.step_metrics = {
             **{_metric(name): value for name, value in self.step_summary(self._means).items()},
             **self._of_controls,
