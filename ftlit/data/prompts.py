@@ -225,7 +225,7 @@ class PromptData(SFTData):
                     if self.on_bad_row == "error":
                         raise
                     refused.append(str(error))
-            self._list(source, refused)
+            self.list_skipped(source, refused)
         return found
 
     def _row(self, source: Source, index: int) -> PromptRow:
