@@ -270,7 +270,7 @@ def _own_class(class_path: str, base: str) -> str:
     if not issubclass(cls, kind):
         return f"{class_path} is no {kind.__name__}; let it be a subclass of {base.replace('.base.', '.')}."
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-        return f"{class_path} does not say yet what {', '.join(missing)} {'is' if len(missing) == 1 else 'are'}."
+        return f"{class_path} lacks {', '.join(missing)}, which every {kind.__name__} must have."
     return ""
 
 
