@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile
 
 import lightning as L
 import numpy as np
@@ -230,7 +231,7 @@ def _read(path: Path, tokens: int) -> _Scores | None:
     try:
         with np.load(path, allow_pickle=False) as kept:
             scores = _Scores(kept["nll"], kept["choice"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     fits = all(part is not None and part.shape == (tokens,) for part in scores[:2])
     return scores if fits else None

@@ -112,7 +112,8 @@ class PairedChange:
         n, draws = self.documents, self._draws
         if draws[0] == draws[-1]:
             return level
-        below = (np.count_nonzero(draws < self.change) + np.count_nonzero(draws <= self.change)) / 2
+        tie = 1e-9 * (draws[-1] - draws[0])  # rounding must not decide on which side of the estimate a draw lies
+        below = (np.count_nonzero(draws < self.change - tie) + np.count_nonzero(draws <= self.change + tie)) / 2
         bias = _NORMAL.inv_cdf(min(max(below / len(draws), 0.5 / len(draws)), 1 - 0.5 / len(draws)))
         z = bias + math.sqrt(n / (n - 1)) * t_quantile(level, n - 1)
         z = bias + z / max(1 - self._acceleration() * z, 1e-3)
