@@ -114,10 +114,10 @@ class Report(L.Callback):
         memory = memory_of_ranks(trainer)
         if not trainer.is_global_zero:
             return
-        if self._first in (None, trainer.global_step):
+        folder = Path(trainer.default_root_dir)
+        if self._first in (None, trainer.global_step) and (folder / "summary.json").exists():
             print(f"nothing was left to train: the run already has its {trainer.global_step} steps", flush=True)
             return
-        folder = Path(trainer.default_root_dir)
         steps = trainer.global_step - (self._first or 0)
         summary = self._summary(trainer, pl_module, memory)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
