@@ -6,12 +6,23 @@ import contextlib
 import difflib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftlit.data.formats import Completion, Message, RawText, Record, RowError, RowFormat, Text, detect, suggest
+from ftlit.data.formats import (
+    Comparison,
+    Completion,
+    Message,
+    RawText,
+    Record,
+    RowError,
+    RowFormat,
+    Text,
+    detect,
+    suggest,
+)
 from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
@@ -32,6 +43,7 @@ class Source:
         columns: The format's name of a column to the file's, where they differ; to null leaves a column out.
         prefer: The split to take where the name says none: `train`, `validation` or `test`.
         answers: Whether rows must have an answer.
+        choose: Chooses the format from the columns.
 
     Raises:
         DataError: If there is no such thing, it holds no rows, or it is torn.
@@ -45,8 +57,10 @@ class Source:
         prefer: str = "train",
         *,
         answers: bool = True,
+        choose: Callable[..., RowFormat] = detect,
     ) -> None:
         self.name = name
+        self.choose = choose
         self.is_sample = name.startswith("sample:")
         self.notes: list[str] = []
         self.answers = answers
@@ -56,7 +70,7 @@ class Source:
             self._starts.append(self._starts[-1] + len(table.rows))
         if not len(self):
             raise DataError(f"{name} holds no rows.")
-        self._columns = [_renaming(table, columns or {}) for table in self.tables]
+        self._columns = [self._renaming(table, columns or {}) for table in self.tables]
         self.formats = [
             self._format(table, row_format, renamed) for table, renamed in zip(self.tables, self._columns, strict=True)
         ]
@@ -93,6 +107,14 @@ class Source:
             except RowError as error:
                 raise _in_file(error, self._columns[number]) from None
 
+    def answered(self, index: int) -> Record | None:
+        """What one row becomes with its last answer; None where it has none."""
+        number, _ = self._find(index)
+        try:
+            return self.formats[number](self.row(index))
+        except RowError:
+            return None
+
     def where(self, index: int) -> str:
         """File and row (counted from 1) of a row."""
         number, place = self._find(index)
@@ -105,6 +127,18 @@ class Source:
             yield
         except DataError as error:
             raise DataError(f"{self.where(index)}: {error}") from None
+
+    def read_as(self) -> list[str]:
+        """Which formats the rows are read as, and of several files how many are: `2 files as Alpaca (14 rows)`."""
+        files: dict[str, list[int]] = {}
+        for table, read in zip(self.tables, self.formats, strict=True):
+            files.setdefault(type(read).__name__, []).append(len(table.rows))
+        if len(self.tables) == 1:
+            return [f"as {kind}" for kind in files]
+        return [
+            f"{len(rows):,} file{'s' * (len(rows) > 1)} as {kind} ({sum(rows):,} row{'s' * (sum(rows) > 1)})"
+            for kind, rows in files.items()
+        ]
 
     def unread(self) -> list[str]:
         """Columns that no format reads."""
@@ -126,7 +160,32 @@ class Source:
             return given if isinstance(given, RawText) else RawText()
         have = [column for column in table.columns if column not in renamed.values() and column not in renamed]
         have += [name for name, column in renamed.items() if column is not None]
-        return given or detect(have, table.name, answers=self.answers)
+        return given or self.choose(have, table.name, answers=self.answers)
+
+    def _renaming(self, table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
+        """The renamings that a table needs: none where it has the format's own name, or fits another format as it is.
+
+        Raises:
+            DataError: If it has neither name and fits no format.
+        """
+        if table.is_document:
+            return {}
+        renamed = {name: column for name, column in columns.items() if column is None or column in table.columns}
+        absent = [name for name in columns if name not in renamed and name not in table.columns]
+        if not absent or (all(column is None for column in renamed.values()) and self._fits(table)):
+            return renamed
+        name, column = absent[0], columns[absent[0]]
+        likely = suggest(table.columns).get(name)
+        hint = f"did you mean {likely!r}?" if likely else nearest(str(column), table.columns)
+        raise DataError(f"{table.name} has no column {column!r}, which data.columns gives for {name!r}: {hint}")
+
+    def _fits(self, table: Table) -> bool:
+        """Whether a format reads the table without any renaming."""
+        try:
+            detect(table.columns, table.name, answers=self.answers)
+        except DataError:
+            return False
+        return True
 
     # ---- opening --------------------------------------------------------------------------------------------------
 
@@ -251,29 +310,12 @@ def _in_file(error: RowError, renamed: Mapping[str, str | None]) -> RowError:
     return error if column is None else RowError(column + error.column[len(name) :], error.wanted, error.got)
 
 
-def _renaming(table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The renamings that a table needs: a table that has the format's own name already needs none.
-
-    Raises:
-        DataError: If it has neither.
-    """
-    if table.is_document:
-        return {}
-    renamed: dict[str, str | None] = {}
-    for name, column in columns.items():
-        if column is None or column in table.columns:
-            renamed[name] = column
-        elif name not in table.columns:
-            likely = suggest(table.columns).get(name)
-            hint = f"did you mean {likely!r}?" if likely else nearest(column, table.columns)
-            raise DataError(f"{table.name} has no column {column!r}, which data.columns gives for {name!r}: {hint}")
-    return renamed
-
-
 # ---- what is done to every record -----------------------------------------------------------------------------------
 
 
 def _texts(record: Record) -> list[str]:
+    if isinstance(record, Comparison):
+        return [text for answer in record.answers for text in _texts(answer)]
     if isinstance(record, Text):
         return [record.text]
     if isinstance(record, Completion):
@@ -290,6 +332,8 @@ def fill(record: Record, values: Mapping[str, str]) -> Record:
     def filled(text: str) -> str:
         return pattern.sub(lambda found: values[found[0][2:-2]], text)
 
+    if isinstance(record, Comparison):
+        return _each(record, lambda answer: fill(answer, values))
     if isinstance(record, Text):
         return record._replace(text=filled(record.text))
     if isinstance(record, Completion):
@@ -310,8 +354,16 @@ def refuse_placeholders(record: Record) -> None:
 
 def with_system(record: Record, system: str | None) -> Record:
     """Puts a system turn before a conversation that has none."""
+    if isinstance(record, Comparison):
+        return _each(record, lambda answer: with_system(answer, system))
     if system is None or isinstance(record, Text | Completion):
         return record
     if record.messages and record.messages[0].role == "system":
         return record
-    return record._replace(messages=(Message("system", system), *record.messages))
+    given = record.given + 1 if record.given else 0
+    return record._replace(messages=(Message("system", system), *record.messages), given=given)
+
+
+def _each(record: Comparison, change: Callable[[Any], Any]) -> Comparison:
+    """A comparison with each of its answers changed."""
+    return record._replace(answers=tuple(change(answer) for answer in record.answers))

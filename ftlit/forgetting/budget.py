@@ -158,7 +158,7 @@ class ForgettingBudget(ForgettingControl):
             first[name], second[name] = self._documents(stage, rows)
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
-        target = _target(stage.trainer.datamodule, self.max_tokens // 4)
+        target = self._target_documents(stage.trainer.datamodule)
         sets = {"steering": steering, "first": first, "second": second, _TARGET: {_TARGET: target}}
         for key, documents in sets.items():
             self._meters[key] = Meter(documents, room, seed=self.seed)
@@ -189,6 +189,14 @@ class ForgettingBudget(ForgettingControl):
             quiet=not stage.trainer.is_global_zero,
         )
         return _halves(both)
+
+    def _target_documents(self, data: Any) -> Documents:
+        """Some of the run's own validation rows, or without any, of its training rows."""
+        names = getattr(data, "validation_names", [])
+        name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
+        examples: Sequence[Example] = data.sets[name]
+        most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
+        return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
 
     @override
     def describe(self) -> str:
@@ -367,15 +375,6 @@ def _halves(documents: Documents) -> tuple[Documents, Documents]:
 def _chosen(documents: Documents, places: list[int]) -> Documents:
     owners = None if documents.owners is None else documents.owners[places]
     return Documents([documents.examples[i] for i in places], owners)
-
-
-def _target(data: Any, max_tokens: int) -> Documents:
-    """Some of the run's own validation rows, or without any, of its training rows."""
-    names = getattr(data, "validation_names", [])
-    name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
-    examples: Sequence[Example] = data.sets[name]
-    lengths = measure(examples).lengths.cumsum()
-    return Documents([examples[i] for i in range(max(2, int((lengths <= max_tokens).sum()))) if i < len(examples)])
 
 
 __all__ = ["ForgettingBudget"]
