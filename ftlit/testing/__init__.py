@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import Any
 
-from ftlit.testing.tiny import FAMILIES, tiny_examples, tiny_lm, tiny_tokenizer
+from ftlit.testing.tiny import FAMILIES, tiny_comparisons, tiny_examples, tiny_lm, tiny_tokenizer
 
 __all__ = [
     "FAMILIES",
     "PEFTStrategySuite",
     "RowFormatSuite",
     "VerifierSuite",
+    "tiny_comparisons",
     "tiny_examples",
     "tiny_lm",
     "tiny_tokenizer",

@@ -18,21 +18,9 @@ from ftlit.peft.io import save_adapter
 from ftlit.stages import DPO
 from ftlit.stages.dpo import neighbours, summary
 from ftlit.stages.reference import start_logps
-from ftlit.testing import tiny_examples, tiny_lm
-from tests.data.test_comparisons import made
+from ftlit.testing import tiny_comparisons, tiny_examples, tiny_lm
 
-SIZES = [(4, 5, 3), (9, 2, 7), (3, 6, 6), (5, 1, 4), (2, 8, 3), (7, 3, 2), (1, 2, 2)]
-
-
-def rows(sizes=SIZES, **options):
-    """Random comparisons of `(prompt, answers...)` lengths."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count):
-        return torch.randint(3, 250, (count,), generator=generator).tolist()
-
-    shapes = [(tokens(prompt), [tokens(count) for count in answers]) for prompt, *answers in sizes]
-    return made(*shapes, **options)
+SIZES = ((4, 5, 3), (9, 2, 7), (3, 6, 6), (5, 1, 4), (2, 8, 3), (7, 3, 2), (1, 2, 2))
 
 
 class Data(L.LightningDataModule):
@@ -83,7 +71,7 @@ def fit(strategy=None, *, comparisons=None, validation=None, trainer=None, lm=No
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true", callbacks=callbacks, **options,
     )  # fmt: skip
-    runner.fit(stage, Data(rows() if comparisons is None else comparisons, validation, **(plan or {})))
+    runner.fit(stage, Data(tiny_comparisons() if comparisons is None else comparisons, validation, **(plan or {})))
     return stage, record, runner
 
 
@@ -111,7 +99,7 @@ def test_the_reference_goes_on_from_an_adapter(tmp_path):
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     save_adapter(before, lm, tmp_path / "adapter", "base")
-    batch = pack(rows()[:2])
+    batch = pack(tiny_comparisons()[:2])
     plain, _, _ = fit(LoRA(rank=2), trainer={"max_steps": 2})
     stage, record, _ = fit(LoRA(rank=2, from_adapter=str(tmp_path / "adapter")), trainer={"max_steps": 2})
     assert record.steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-12)
@@ -120,7 +108,7 @@ def test_the_reference_goes_on_from_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("make", [LoRA, Full, PrefixTuning, PromptTuning], ids=lambda m: m.__name__)
 def test_the_reference_stays_while_the_policy_moves(make):
-    batch = pack(rows()[:4])
+    batch = pack(tiny_comparisons()[:4])
     fresh = DPO(policy=tiny_lm("llama", torch.float64), peft=make())
     fresh.configure_model()
     expected = start_logps(fresh.policy, batch)
@@ -131,8 +119,8 @@ def test_the_reference_stays_while_the_policy_moves(make):
 
 
 def test_dropout_never_touches_the_reference():
-    stage, record, _ = fit(LoRA(rank=3, dropout=0.5), trainer={"max_steps": 1})
-    batch = pack(rows()[:4])
+    stage, _, _ = fit(LoRA(rank=3, dropout=0.5), trainer={"max_steps": 1})
+    batch = pack(tiny_comparisons()[:4])
     first, second = start_logps(stage.policy, batch), start_logps(stage.policy, batch)
     assert torch.equal(first, second)
     assert not torch.equal(stage.policy(batch).logps, stage.policy(batch).logps)
@@ -143,9 +131,9 @@ def test_dropout_never_touches_the_reference():
 
 @pytest.mark.parametrize("name", ["sigmoid", "orpo", "ipo"])
 def test_how_a_step_is_cut_does_not_matter(name):
-    whole, reference, _ = fit(loss=name)
+    _, reference, _ = fit(loss=name)
     for plan, accumulate in [({"batch_size": 2}, 2), ({"batch_size": 1}, 4), ({"max_tokens": 25}, 1)]:
-        cut, record, _ = fit(loss=name, plan=plan, trainer={"accumulate_grad_batches": accumulate})
+        _, record, _ = fit(loss=name, plan=plan, trainer={"accumulate_grad_batches": accumulate})
         for ours, theirs in zip(record.grads, reference.grads, strict=True):
             for key, gradient in theirs.items():
                 torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-9)
@@ -171,11 +159,11 @@ def separate(stage, comparisons, index):
 
 def test_metrics_are_means_over_pairs_by_weight():
     shapes = [(4, 5, 3), (9, 2, 7, 4), (3, 6, 6)]
-    comparisons = rows(shapes)
+    comparisons = tiny_comparisons(shapes)
     comparisons.pieces.weights[comparisons.pieces.weights > 0] = 1.0
     first = slice(comparisons.pieces.starts[1], comparisons.pieces.stops[2])
     comparisons.pieces.weights[first] = 2.5  # the first row counts 2.5 times
-    stage, _, trainer = fit(comparisons=comparisons, validation=comparisons, trainer={"max_steps": 3})
+    stage, _, _ = fit(comparisons=comparisons, validation=comparisons, trainer={"max_steps": 3})
     sums = dict.fromkeys(("w", "loss", "rc", "rr", "m", "acc", "lc", "lr", "nc", "nr"), 0.0)
     for index in range(3):
         found, pairs = separate(stage, comparisons, index)
@@ -227,10 +215,7 @@ def test_every_loss_goes_down(name):
 
 
 def test_single_answers_with_labels():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 250, (8, 12), generator=generator).tolist()
-    labels = [1.0, 0.0] * 4
-    comparisons = made(*((row[:6], [row[6:]], (label,)) for row, label in zip(ids, labels, strict=True)))
+    comparisons = tiny_comparisons([(6, 6)] * 8, grades=[(1.0,), (0.0,)] * 4)
     _, record, _ = fit(comparisons=comparisons, loss="kto", trainer={"max_steps": 10, "max_epochs": -1})
     assert record.steps[0]["train/loss"] == pytest.approx(0.5)
     assert record.steps[-1]["train/loss"] < 0.5
@@ -241,7 +226,7 @@ def test_single_answers_with_labels():
 
 def test_neighbours_are_answers_of_other_prompts():
     """Each prompt with the next one's first answer, as if it had been packed so."""
-    examples = [*rows(SIZES[:3])]
+    examples = [*tiny_comparisons(SIZES[:3])]
     made_of, count = neighbours(pack(examples))
     prompts = [len(e.input_ids) - sum(e.answers.lengths) for e in examples]
     mixed = []
@@ -262,12 +247,12 @@ def test_neighbours_are_answers_of_other_prompts():
 def test_reference_point_of_kto():
     """The mean over prompts of log pi - log ref of the answers of their neighbours, not below 0."""
     stage, _, _ = fit(loss="kto", trainer={"max_steps": 3})
-    batch = pack(rows()[:3])
+    batch = pack(tiny_comparisons()[:3])
     other, _ = neighbours(batch)
     with torch.no_grad():
         expected = float((stage.policy(other).logps - start_logps(stage.policy, other)).sum()) / 3
     assert float(stage._reference_point(batch)) == pytest.approx(max(0.0, expected))
-    assert float(stage._reference_point(pack(rows()[:1]))) == 0.0
+    assert float(stage._reference_point(pack(tiny_comparisons()[:1]))) == 0.0
 
 
 # ---- the cache of the reference -------------------------------------------------------------------------------------
@@ -281,8 +266,8 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [LoRA, Full], ids=lambda m: m.__name__)
 def test_cached_scores_train_the_same(make, cache, monkeypatch):
-    live, reference, _ = fit(make(), validation=rows(SIZES[:3]))
-    stage, record, _ = fit(make(), validation=rows(SIZES[:3]), cache_reference=True)
+    live, reference, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]))
+    stage, record, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]), cache_reference=True)
     assert len(list(cache.glob("*.npy"))) == 2
     for ours, theirs in zip(record.grads, reference.grads, strict=True):
         for key, gradient in theirs.items():
@@ -295,7 +280,7 @@ def test_cached_scores_train_the_same(make, cache, monkeypatch):
 
     monkeypatch.setattr("ftlit.stages.reference.start_logps", never)
     monkeypatch.setattr("ftlit.stages.dpo.start_logps", never)
-    again, second, _ = fit(make(), validation=rows(SIZES[:3]), cache_reference=True)
+    _, second, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]), cache_reference=True)
     assert [step["train/loss"] for step in second.steps] == [step["train/loss"] for step in record.steps]
 
 
@@ -303,7 +288,7 @@ def test_cached_scores_train_the_same(make, cache, monkeypatch):
 def test_stale_scores_are_never_used(change, cache):
     fit(cache_reference=True, trainer={"max_steps": 1})
     (file,) = cache.glob("*.npy")
-    lm, comparisons = tiny_lm("llama", torch.float64), rows()
+    lm, comparisons = tiny_lm("llama", torch.float64), tiny_comparisons()
     if change == "weights":
         with torch.no_grad():
             next(iter(lm.parameters()))[7, 3] += 0.5
@@ -336,7 +321,7 @@ def test_replay_beside_pairs():
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, precision="64-true", callbacks=[record, *callbacks], max_steps=2,
         )  # fmt: skip
-        trainer.fit(stage, Added(rows()))
+        trainer.fit(stage, Added(tiny_comparisons()))
         return record
 
     plain, beside = run([]), run([Replay("general.jsonl", "ce", ratio=0.5)])
@@ -349,16 +334,16 @@ def test_replay_beside_pairs():
 
 
 @pytest.mark.parametrize(
-    ("loss", "shape", "sentence"),
+    ("loss", "options", "sentence"),
     [
-        ("sigmoid", ([1, 2], [[3]], (1.0,)), "Sigmoid compares answers, and some rows have one answer with a label"),
-        ("ipo", ([1, 2], [[3], [4]], (1, 0), 1.0), "IPO does not use a margin column"),
-        ("aot", ([1, 2], [[3], [4]], (1, 0), 0.0, 2.0), "AOT sorts its pairs"),
+        ("sigmoid", {"sizes": [(2, 1)]}, "Sigmoid compares answers, and some rows have one answer with a label"),
+        ("ipo", {"margin": 1.0}, "IPO does not use a margin column"),
+        ("aot", {"weight": 2.0}, "AOT sorts its pairs"),
     ],
 )
-def test_rows_that_do_not_go_with_the_loss(loss, shape, sentence):
+def test_rows_that_do_not_go_with_the_loss(loss, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        fit(loss=loss, comparisons=made(shape, shape))
+        fit(loss=loss, comparisons=tiny_comparisons(**options))
 
 
 def test_settings_that_do_not_go_together():
