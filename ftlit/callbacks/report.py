@@ -85,8 +85,7 @@ class Report(L.Callback):
         ]
         if data is not None and hasattr(data, "describe"):
             lines += [f"rows       {line}" for line in data.describe()]
-            step = data.batch_size * pl_module.accumulate * trainer.world_size
-            lines.append(f"steps      {pl_module.num_steps:,} optimizer steps of {step} examples")
+            lines.append(f"steps      {pl_module.steps_in_words(data)}")
             *marks, meaning = terminal_marks()
             lines += [
                 f"example    (trained tokens {meaning})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -70,6 +70,11 @@ class SFTData(L.LightningDataModule):
     Raises:
         ConfigError: If a setting is out of range.
     """
+
+    step_loader: ClassVar[type[StepLoader]] = StepLoader
+    eval_loader: ClassVar[type[EvalLoader]] = EvalLoader
+    needs_answers: ClassVar[bool] = True
+    """Whether rows must have an answer to train on."""
 
     def __init__(
         self,
@@ -167,7 +172,7 @@ class SFTData(L.LightningDataModule):
         world, rank = self._ranks()
         stage = getattr(self.trainer, "lightning_module", None)
         accumulate = getattr(stage, "accumulate", 1)
-        loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        loader = self.step_loader(self.sets["train"], self.planner(accumulate, world), rank)
         loader.taken = getattr(self.trainer, "global_step", 0)
         loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
         return loader
@@ -326,7 +331,8 @@ class SFTData(L.LightningDataModule):
         for file in files:
             if file is None:
                 raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
-            wanted: dict[str, Any] = {"answers": what != "predict", "choose": self._choose}
+            answers = self.needs_answers and what != "predict"
+            wanted: dict[str, Any] = {"answers": answers, "choose": self._choose}
             sources.append(Source(file, self.row_format, self.columns, prefer, **wanted))
             for note in sources[-1].notes:
                 self._say(note)
@@ -357,7 +363,7 @@ class SFTData(L.LightningDataModule):
             try:
                 record = self._record(source, row)
                 with source.at(row):
-                    self.prompts.append((_as_conversation(record), self.template.prompt_of(record)))
+                    self.prompts.append((as_conversation(record), self.template.prompt_of(record)))
             except DataError as error:
                 if self.on_bad_row == "error":
                     raise
@@ -615,7 +621,7 @@ def _readable(made: Tokenized) -> np.ndarray:
     return rows
 
 
-def _as_conversation(record: Record) -> Conversation:
+def as_conversation(record: Record) -> Conversation:
     """A record as turns, for the file of the predictions."""
     if isinstance(record, Comparison):
         record = record.answers[0]

@@ -107,6 +107,14 @@ class Source:
             except RowError as error:
                 raise _in_file(error, self._columns[number]) from None
 
+    def answered(self, index: int) -> Record | None:
+        """What one row becomes with its last answer; None where it has none."""
+        number, _ = self._find(index)
+        try:
+            return self.formats[number](self.row(index))
+        except RowError:
+            return None
+
     def where(self, index: int) -> str:
         """File and row (counted from 1) of a row."""
         number, place = self._find(index)

@@ -143,7 +143,10 @@ class _Tile(NamedTuple):
 
 
 def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _Tile]:
-    """Scores of a chunk (`logps, correct, mean_logps, entropy, choice, log_sum_sq`), and what its gradients need."""
+    """Scores of a chunk, each `[n]`, and what its gradients need.
+
+    The scores are `logps, correct, mean_logps, entropy, choice, log_sum_sq`.
+    """
     hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
     if low is not None and up is not None:
@@ -170,11 +173,11 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _
     entropy = None
     if plan.entropy:  # log sum - sum p (z - max)
         entropy = log_sums.squeeze(1) - torch.einsum("nv,nv->n", exps, shifted) / sums.squeeze(1)
-    correct = (chosen >= top).squeeze(1)
-    mean = None if mean is None else mean - log_sums.squeeze(1)
     log_sum_sq = None
     if plan.sum_sq:
         log_sum_sq = torch.einsum("nv,nv->n", exps, exps).log() - 2 * log_sums.squeeze(1)
+    correct = (chosen >= top).squeeze(1)
+    mean = None if mean is None else mean - log_sums.squeeze(1)
     return (logps, correct, mean, entropy, choice, log_sum_sq), _Tile(exps, sums, slope)
 
 

@@ -22,6 +22,7 @@ class TokenScores(NamedTuple):
         kl: KL divergence from the start model to the present one, nats, `[N]`; 0 at targets of other sources than those
             it was asked for. None unless asked for.
         log_sum_sq: `log sum_v p_v^2`, nats, `[N]`, without a gradient; None unless watched.
+        states: The hidden state that predicts the target, `[N, D]`; carries the gradient. None unless asked for.
     """
 
     logps: Tensor
@@ -31,6 +32,7 @@ class TokenScores(NamedTuple):
     choice: Tensor | None = None
     kl: Tensor | None = None
     log_sum_sq: Tensor | None = None
+    states: Tensor | None = None
 
     def select(self, chosen: Tensor) -> TokenScores:
         """The scores of some targets.

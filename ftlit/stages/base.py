@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -87,6 +87,9 @@ class Stage(L.LightningModule):
     Raises:
         ConfigError: If a number is out of range.
     """
+
+    best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
+    """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
     def __init__(
         self,
@@ -201,6 +204,15 @@ class Stage(L.LightningModule):
         """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
         if self.policy is not None:
             return
+        self.policy = self.make_policy().train()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+            assert self.device_mesh is not None
+            shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            prepare_controls(self)
+
+    def make_policy(self) -> Any:
+        """The model with its strategy applied: a `Policy`, or a module that is called like one."""
         if isinstance(self.source, str):
             lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
         else:
@@ -208,12 +220,7 @@ class Stage(L.LightningModule):
             prepare(lm)
         if self.gradient_checkpointing:
             recompute_activations(lm)
-        self.policy = Policy(lm, self.strategy).train()
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
-            assert self.device_mesh is not None
-            shard(self.policy, self.device_mesh["data_parallel"])
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            prepare_controls(self)
+        return Policy(lm, self.strategy)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
@@ -256,8 +263,12 @@ class Stage(L.LightningModule):
         if self.policy is not None:
             layers = int(self.policy.lm.config.num_hidden_layers) if self.layer_decay != 1 else 0
             factors = layer_factors(trained, layers, self.layer_decay)
-        factors = {name: factor * self.strategy.lr_factor(name) for name, factor in factors.items()}
+        factors = {name: factor * self.lr_factor(name) for name, factor in factors.items()}
         return parameter_groups(trained, factors, self.decay_all)
+
+    def lr_factor(self, name: str) -> float:
+        """Factor on the learning rate of a trained parameter."""
+        return self.strategy.lr_factor(name)
 
     @property
     def num_steps(self) -> int:
@@ -272,9 +283,18 @@ class Stage(L.LightningModule):
 
     def _epoch_steps(self, data: Any) -> int:
         """Optimizer steps of an epoch, with the Trainer's limit."""
-        steps = len(data.planner(self.accumulate, self.trainer.world_size))
+        steps = self.plan_length(data)
         limit = self.trainer.limit_train_batches
         return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+
+    def plan_length(self, data: Any) -> int:
+        """Optimizer steps of an epoch, as planned."""
+        return len(data.planner(self.accumulate, self.trainer.world_size))
+
+    def steps_in_words(self, data: Any) -> str:
+        """What the run consists of, for its summary."""
+        examples = data.batch_size * self.accumulate * self.trainer.world_size
+        return f"{self.num_steps:,} optimizer steps of {examples} examples"
 
     def rate(self, total: int) -> Any:
         """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
@@ -476,8 +496,10 @@ class Stage(L.LightningModule):
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
         totals, seconds = self.totals, time.perf_counter() - self._started
+        for control in self.controls:
+            self._of_controls |= {f"forgetting/{control.name}/{key}": x for key, x in control.step_values.items()}
         self.step_metrics = {
-            **{f"train/{name}": value for name, value in self.step_summary(self._means).items()},
+            **{_metric(name): value for name, value in self.step_summary(self._means).items()},
             **self._of_controls,
             "train/lr": self._lr,
             "train/grad_norm": self.grad_norm,
@@ -580,6 +602,11 @@ class Stage(L.LightningModule):
     def _data_fingerprint(self) -> str:
         make = getattr(getattr(self._trainer, "datamodule", None), "fingerprint", None)
         return "" if make is None else make()
+
+
+def _metric(name: str) -> str:
+    """A step metric's name in the log: one that names its group keeps it."""
+    return name if "/" in name else f"train/{name}"
 
 
 def _part(means: dict[str, float], control: str) -> dict[str, float]:

@@ -44,6 +44,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "pad_token_id": 1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+# Encoders for classification: a pooler, positions that begin after the pad token, a head of two layers, windows.
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", {}),
+    "roberta": ("RobertaConfig", {"max_position_embeddings": 514}),
+    "distilbert": (
+        "DistilBertConfig",
+        {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
+        | {"seq_classif_dropout": 0.0},
+    ),
+    "electra": ("ElectraConfig", {"embedding_size": 16}),
+    "modernbert": (
+        "ModernBertConfig",
+        {"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+}
+
+
 def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random two-layer causal language model of width 16.
 
@@ -63,6 +93,35 @@ def tiny_lm(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return lm.train()
+
+
+def tiny_classifier(
+    family: str = "bert", labels: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """A random two-layer sequence classifier of width 16.
+
+    Args:
+        family: A key of `ENCODERS`, or of `FAMILIES` for a decoder.
+        labels: Number of outputs.
+        dtype: Type of its weights.
+        seed: Seed of its weights; the global generator is left as it was.
+        config: Fields of the transformers config to change.
+
+    Returns:
+        The model in training mode, with large weights.
+    """
+    import transformers
+
+    name, fields = (ENCODERS | FAMILIES)[family]
+    common = _ENCODER if family in ENCODERS else _COMMON
+    settings = getattr(transformers, name)(**{**common, **fields, "num_labels": labels, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = transformers.AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
         for parameter in lm.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.3)
