@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -86,6 +86,9 @@ class Stage(L.LightningModule):
     Raises:
         ConfigError: If a number is out of range.
     """
+
+    loss_unit: ClassVar[str] = "nats a trained token"
+    """What the loss is measured in."""
 
     def __init__(
         self,
