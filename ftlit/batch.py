@@ -10,7 +10,7 @@ would cast the float weights of the targets to the precision of the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -153,6 +153,7 @@ class PackedBatch:
         sources: For each segment where its row comes from: 0 are the rows of the stage, 1 and more those that controls
             added (see `ftlit.data.added`).
         inputs_embeds: Embedded tokens `[1, T, D]` when a strategy adds virtual tokens, else None.
+        extras: What a stage knows of each target besides, by name, each `[N]`.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class PackedBatch:
         pairs: tuple[Pair, ...] = (),
         sources: tuple[int, ...] = (),
         inputs_embeds: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.position_ids = position_ids
@@ -181,6 +183,7 @@ class PackedBatch:
         self.pairs = pairs
         self.sources = sources or (0,) * len(segments)
         self.inputs_embeds = inputs_embeds
+        self.extras = dict(extras or {})
 
     @property
     def num_tokens(self) -> int:
@@ -203,7 +206,8 @@ class PackedBatch:
             chosen: Which, bool `[N]`.
         """
         names = ("target_positions", "target_ids", "target_weights", "target_segments")
-        return self.replace(**{name: getattr(self, name)[chosen] for name in names})
+        extras = {name: value[chosen] for name, value in self.extras.items()}
+        return self.replace(**{name: getattr(self, name)[chosen] for name in names}, extras=extras)
 
     def only(self, sources: Collection[int]) -> PackedBatch:
         """The segments that come from some sources, with their targets.
@@ -253,7 +257,8 @@ class PackedBatch:
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor)
         }
-        return self.replace(**moved, segments=Segments(self.segments.lengths, self.segments.parents))
+        extras = {name: value.to(device, non_blocking=non_blocking) for name, value in self.extras.items()}
+        return self.replace(**moved, extras=extras, segments=Segments(self.segments.lengths, self.segments.parents))
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int] | None = None, sources: Sequence[int] = ()) -> PackedBatch:

@@ -69,7 +69,7 @@ def token_scores(
         head: The output layer.
         targets: Token ids, int64 `[N]`.
         needs: `entropy`, `mean_logps`: with their gradients.
-        watch: The same names, and `log_sum_sq`: values without gradients, which cost no memory.
+        watch: The same names, `choice` and `log_sum_sq`: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
 
     Returns:
@@ -86,11 +86,11 @@ def token_scores(
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
         head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
-        "entropy" in needs, "entropy" in needs | watch, "log_sum_sq" in watch,
+        "entropy" in needs, "entropy" in needs | watch, "choice" in watch, "log_sum_sq" in watch,
     )  # fmt: skip
     values = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
-    logps, correct, mean_logps, entropy, log_sum_sq = values
-    return TokenScores(logps, correct, entropy, mean_logps, log_sum_sq=log_sum_sq)
+    logps, correct, mean_logps, entropy, choice, log_sum_sq = values
+    return TokenScores(logps, correct, entropy, mean_logps, choice=choice, log_sum_sq=log_sum_sq)
 
 
 class _Plan(NamedTuple):
@@ -103,6 +103,7 @@ class _Plan(NamedTuple):
     mean: bool
     entropy_grad: bool
     entropy: bool
+    choice: bool
     sum_sq: bool
 
 
@@ -141,11 +142,11 @@ class _Tile(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if t is not None)
 
 
-_Scores = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _Tile]:
+    """Scores of a chunk, each `[n]`, and what its gradients need.
 
-
-def _forward(inputs: _Inputs, plan: _Plan) -> tuple[_Scores, _Tile]:
-    """Scores of a chunk (`logps, correct, mean_logps, entropy, log_sum_sq`, each `[n]`); what its gradients need."""
+    The scores are `logps, correct, mean_logps, entropy, choice, log_sum_sq`.
+    """
     hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
     if low is not None and up is not None:
@@ -162,6 +163,7 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[_Scores, _Tile]:
         logits = bent.mul_(plan.softcap)
     chosen = logits.gather(1, targets[:, None])
     top = logits.amax(1, keepdim=True)
+    choice = logits.argmax(1) if plan.choice else None
     shifted = logits.sub_(top)
     mean = shifted.mean(1) if plan.mean else None
     exps = shifted.exp() if plan.entropy else shifted.exp_()
@@ -176,7 +178,7 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[_Scores, _Tile]:
         log_sum_sq = torch.einsum("nv,nv->n", exps, exps).log() - 2 * log_sums.squeeze(1)
     correct = (chosen >= top).squeeze(1)
     mean = None if mean is None else mean - log_sums.squeeze(1)
-    return (logps, correct, mean, entropy, log_sum_sq), _Tile(exps, sums, slope)
+    return (logps, correct, mean, entropy, choice, log_sum_sq), _Tile(exps, sums, slope)
 
 
 def _dlogits(
@@ -227,7 +229,7 @@ class _TokenScores(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         plan: _Plan,
-    ) -> _Scores:
+    ) -> tuple[Tensor | None, ...]:
         inputs = _Inputs(hidden, low, weight, up, bias, targets)
         num = hidden.shape[0]
         options: dict[str, Any] = {
@@ -238,6 +240,7 @@ class _TokenScores(torch.autograd.Function):
         correct = torch.empty(num, dtype=torch.bool, device=hidden.device)
         mean = torch.empty(num, **options) if plan.mean else None
         entropy = torch.empty(num, **options) if plan.entropy else None
+        choice = torch.empty_like(targets) if plan.choice else None
         log_sum_sq = torch.empty(num, **options) if plan.sum_sq else None
         wants_head = any(ctx.needs_input_grad[place] for place in (1, 2, 3, 4))
         wants_hidden = ctx.needs_input_grad[0] and not wants_head
@@ -250,7 +253,7 @@ class _TokenScores(torch.autograd.Function):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
             values, tile = _forward(rows, plan)
-            for whole, value in zip((logps, correct, mean, entropy, log_sum_sq), values, strict=True):
+            for whole, value in zip((logps, correct, mean, entropy, choice, log_sum_sq), values, strict=True):
                 if whole is not None and value is not None:
                     whole[part] = value
             if wants_hidden:
@@ -265,16 +268,16 @@ class _TokenScores(torch.autograd.Function):
             ctx.save_for_backward(*slopes)
         elif wants_head:
             ctx.save_for_backward(*inputs, *(tensor for tile in kept for tensor in tile))
-        plain = [correct]
+        plain = [correct] if choice is None else [correct, choice]
         plain += [] if mean is None or plan.mean_grad else [mean]
         plain += [] if entropy is None or plan.entropy_grad else [entropy]
         plain += [] if log_sum_sq is None else [log_sum_sq]
         ctx.mark_non_differentiable(*plain)
-        return logps, correct, mean, entropy, log_sum_sq
+        return logps, correct, mean, entropy, choice, log_sum_sq
 
     @staticmethod
     def backward(
-        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, __: Tensor | None
+        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, *__: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         coefficients = (d_logps, d_mean if plan.mean_grad else None, d_entropy if plan.entropy_grad else None)

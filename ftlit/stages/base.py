@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.prepare import prepare_controls
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
@@ -89,6 +90,8 @@ class Stage(L.LightningModule):
 
     loss_unit: ClassVar[str] = "nats a trained token"
     """What the loss is measured in."""
+    best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
+    """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
     def __init__(
         self,
@@ -262,8 +265,12 @@ class Stage(L.LightningModule):
         if self.policy is not None:
             layers = int(self.policy.lm.config.num_hidden_layers) if self.layer_decay != 1 else 0
             factors = layer_factors(trained, layers, self.layer_decay)
-        factors = {name: factor * self.strategy.lr_factor(name) for name, factor in factors.items()}
+        factors = {name: factor * self.lr_factor(name) for name, factor in factors.items()}
         return parameter_groups(trained, factors, self.decay_all)
+
+    def lr_factor(self, name: str) -> float:
+        """Factor on the learning rate of a trained parameter."""
+        return self.strategy.lr_factor(name)
 
     @property
     def num_steps(self) -> int:
@@ -278,9 +285,18 @@ class Stage(L.LightningModule):
 
     def _epoch_steps(self, data: Any) -> int:
         """Optimizer steps of an epoch, with the Trainer's limit."""
-        steps = len(data.planner(self.accumulate, self.trainer.world_size))
+        steps = self.plan_length(data)
         limit = self.trainer.limit_train_batches
         return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+
+    def plan_length(self, data: Any) -> int:
+        """Optimizer steps of an epoch, as planned."""
+        return len(data.planner(self.accumulate, self.trainer.world_size))
+
+    def steps_in_words(self, data: Any) -> str:
+        """What the run consists of, for its summary."""
+        examples = data.batch_size * self.accumulate * self.trainer.world_size
+        return f"{self.num_steps:,} optimizer steps of {examples} examples"
 
     def rate(self, total: int) -> Any:
         """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
@@ -293,6 +309,7 @@ class Stage(L.LightningModule):
         if stage != "fit":
             return
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did
             self.trainer.num_sanity_val_steps = 0
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
@@ -407,7 +424,13 @@ class Stage(L.LightningModule):
     @property
     def divisor(self) -> float:
         """What the loss is divided by: 1, and the weights that a budget turns, so that they do not change its size."""
-        return 1.0
+        return 1.0 + sum(control.weight for control in self.controls if control.normalised and control.in_loss)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What a budget turns, where the run has no control of its own."""
+        if self.trainer.state.fn != "fit":
+            return []
+        return [*ForgettingBudget.default_controls(self.trainer.callbacks)]
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""
@@ -475,8 +498,10 @@ class Stage(L.LightningModule):
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
         totals, seconds = self.totals, time.perf_counter() - self._started
+        for control in self.controls:
+            self._of_controls |= {f"forgetting/{control.name}/{key}": x for key, x in control.step_values.items()}
         self.step_metrics = {
-            **{f"train/{name}": value for name, value in self.step_summary(self._means).items()},
+            **{_metric(name): value for name, value in self.step_summary(self._means).items()},
             **self._of_controls,
             "train/lr": self._lr,
             "train/grad_norm": self.grad_norm,
@@ -579,6 +604,11 @@ class Stage(L.LightningModule):
     def _data_fingerprint(self) -> str:
         make = getattr(getattr(self._trainer, "datamodule", None), "fingerprint", None)
         return "" if make is None else make()
+
+
+def _metric(name: str) -> str:
+    """A step metric's name in the log: one that names its group keeps it."""
+    return name if "/" in name else f"train/{name}"
 
 
 def _part(means: dict[str, float], control: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from ftlit.batch import PackedBatch
 from ftlit.data.datamodules import MAIN
+from ftlit.models.shard import gathered
 from ftlit.rollout.generate import generate
 from ftlit.stages.base import Stage
 
@@ -102,7 +103,9 @@ class ValidatedStage(Stage):
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[str]:
         """Answers some prompts greedily."""
         assert self.policy is not None
-        answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, max_new_tokens=self.max_new_tokens)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        with gathered(self.policy):
+            answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, **options)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 

@@ -91,9 +91,8 @@ def test_too_long_loses_its_start_and_is_counted(tmp_path):
     assert scorer.shortened == 1
     end = SequenceScorer(open_classifier(folder), max_length=8, truncate="end")
     assert torch.allclose(end([long]), end([Text("abcdef12")]))
-    limited = SequenceScorer(
-        open_classifier(saved(tmp_path / "b", tiny_classifier("bert", max_position_embeddings=16)))
-    )
+    short_bert = saved(tmp_path / "b", tiny_classifier("bert", max_position_embeddings=16))
+    limited = SequenceScorer(open_classifier(short_bert))
     assert limited.max_length == 16
     assert limited([Text("x" * 40)]).isfinite().all()
 
@@ -104,18 +103,10 @@ def test_rows_to_score(tmp_path):
         return contents_of(str(tmp_path / name))
 
     turn = {"role": "user", "content": "q"}
-    found = rows(
-        "a.jsonl",
-        {
-            "prompt": [turn],
-            "chosen": [{"role": "assistant", "content": "c"}],
-            "rejected": [{"role": "assistant", "content": "r"}],
-        },
-    )
-    assert [(one.row, one.shown["answer"], one.content.messages[-1].content) for one in found] == [
-        (0, 1, "c"),
-        (0, 2, "r"),
-    ]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in "cr")
+    found = rows("a.jsonl", {"prompt": [turn], "chosen": chosen, "rejected": rejected})
+    wanted = [(0, 1, "c"), (0, 2, "r")]
+    assert [(one.row, one.shown["answer"], one.content.messages[-1].content) for one in found] == wanted
     (found,) = rows("b.jsonl", {"messages": [turn]})
     assert found.shown == {"messages": [turn]}
     (found,) = rows("c.jsonl", {"text": "t", "label": "x"})
