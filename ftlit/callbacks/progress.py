@@ -89,7 +89,8 @@ class Progress(ProgressBar):
         losses = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss"))
         if losses:
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
-            print(f"{chr(13) if sys.stdout.isatty() else ''}{when}: {losses} (nats a trained token)", flush=True)
+            unit = getattr(pl_module, "loss_unit", "nats a trained token")
+            print(f"{chr(13) if sys.stdout.isatty() else ''}{when}: {losses} ({unit})", flush=True)
 
 
 def _clock(seconds: float) -> str:

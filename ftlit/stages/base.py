@@ -89,6 +89,8 @@ class Stage(L.LightningModule):
         ConfigError: If a number is out of range.
     """
 
+    loss_unit: ClassVar[str] = "nats a trained token"
+    """What the loss is measured in."""
     best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
     """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
