@@ -37,7 +37,7 @@ from ftlit.objectives import sft as objectives
 from ftlit.rollout import generator
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
-from ftlit.stages.signals import StopRequest, exit_status
+from ftlit.stages.signals import StopRequest, exit_status, restarted
 
 RUN_VARIABLE = "FTLIT_RUN"
 
@@ -168,7 +168,8 @@ class CLI(LightningCLI):
             moved = [Path(str(file)).parent for file in config.get("config") or []]
             folder = next((place for place in moved if (place / "checkpoints").is_dir()), folder)
         if verb == "fit":
-            if rank in (None, "0") and list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path:
+            begun = list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path and not restarted()
+            if rank in (None, "0") and begun:
                 raise ConfigError(
                     f"{folder} already holds a run: give another --run, or continue it with --ckpt_path last."
                 )
@@ -227,9 +228,12 @@ class CLI(LightningCLI):
 def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
     """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves.
 
-    `last` wants a run that was begun; `auto` begins one where there is none: what a queue that restarts jobs wants.
+    `last` wants a run that was begun; `auto` begins one where there is none: what a queue that restarts jobs wants, and
+    what a job that SLURM restarted gets by itself.
     """
     kept = folder / "checkpoints"
+    if asked is None and verb == "fit" and restarted():
+        asked = "auto"
     if asked is None and verb != "fit" and ((kept / LAST).exists() or (kept / PREVIOUS).exists()):
         asked = "last"
     if asked is None:

@@ -22,8 +22,8 @@ class SaveCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt`, the one before as `previous.ckpt`, and with validation rows the best by `monitor`.
 
     A batch is a whole optimizer step, so a checkpoint always falls between two steps. It holds what is trained and the
-    optimizer's state, never the frozen base. When the process is asked to stop (SIGTERM, Ctrl-C), the step is ended and
-    saved.
+    optimizer's state, never the frozen base. When the process is asked to stop (SIGTERM, Ctrl-C, SLURM before a time
+    limit), the step is ended and saved; SLURM's job is then put back into the queue, and goes on by itself.
 
     Args:
         every_n_steps: Also save `last.ckpt` every so many optimizer steps; None: at the end of each validation (of each
@@ -99,13 +99,16 @@ class SaveCheckpoint(ModelCheckpoint):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves where a run was asked to stop; after an error the last good checkpoint stands."""
-        if not isinstance(exception, SIGTERMException) or trainer.fast_dev_run or trainer.global_step == 0:
+        if not isinstance(exception, SIGTERMException) or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.global_step and not trainer.sanity_checking:
             self._save_last(trainer)
             if trainer.is_global_zero:
                 path = Path(self.dirpath) / LAST
                 print(f"stopped after step {trainer.global_step}: {path}; go on with --ckpt_path last", flush=True)
+        if trainer.is_global_zero:
+            stage: Any = pl_module
+            stage.stop.requeue()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

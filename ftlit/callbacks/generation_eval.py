@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from ftlit.callbacks.generation_rows import EvalRow, eval_rows
+from ftlit.callbacks.generation_rows import EvalRow, EvalRows, eval_rows
 from ftlit.data.datamodules import MAIN
 from ftlit.errors import ConfigError
 from ftlit.files import write_text
 from ftlit.metrics import text
 from ftlit.metrics.intervals import interval
+from ftlit.models.shard import gathered
 from ftlit.rollout.generate import answer, seed_of
 from ftlit.rollout.verifiers import Verifier, name_of, resolve, verify
 
@@ -167,25 +167,26 @@ class GenerationEval(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate", "test"):
             return
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ConfigError("GenerationEval cannot answer with a model whose weights are sharded; use ddp.")
         others = [c for c in trainer.callbacks if isinstance(c, GenerationEval) and c is not self]
         if any(other._key == self._key for other in others):
             name = self.set_name or self.rows or MAIN
             raise ConfigError(f"two GenerationEval callbacks both measure {name!r}: give each a name of its own.")
         data: Any = trainer.datamodule
-        self._questions, count = eval_rows(data, self.rows, stage == "test", self.num_rows, self.seed)
+        found = eval_rows(data, self.rows, stage == "test", self.num_rows, self.seed)
+        self._questions = found.chosen
         if trainer.is_global_zero:
-            print(f"generation {self._plan(trainer, pl_module, stage, count)}", flush=True)
+            print(f"generation {self._plan(trainer, pl_module, stage, found)}", flush=True)
 
-    def _plan(self, trainer: L.Trainer, pl_module: Any, stage: str, count: int) -> str:
+    def _plan(self, trainer: L.Trainer, pl_module: Any, stage: str, found: EvalRows) -> str:
         """What will be answered, in words."""
-        asked, room = len(self._questions), self.options["max_new_tokens"]
+        asked, count, room = len(found.chosen), found.available, self.options["max_new_tokens"]
         kind = "test" if stage == "test" and self.rows is None else self._set(trainer)
         share = f"{asked:,} of {count:,}" if asked < count else f"all {count:,}"
         line = f"answers to {share} rows ({kind}), at most {room} tokens each"
         if self.verifier is not None:
             line += f", verified by {name_of(self.verifier)}"
+        if found.documents:
+            line += f"; {found.documents:,} rows of raw text ask nothing and are left out"
         unknown = sum(row.reference is None for row in self._questions)
         if unknown:
             line += f"; {unknown:,} rows have no answer of their own to compare with"
@@ -268,7 +269,7 @@ class GenerationEval(L.Callback):
         order = sorted(range(len(self._questions)), key=lambda i: (-len(self._questions[i].prompt), i))
         places = order[trainer.global_rank :: world]
         began = time.perf_counter()
-        with trainer.precision_plugin.forward_context():
+        with gathered(stage.policy), trainer.precision_plugin.forward_context():
             answers = answer(
                 stage.policy.lm,
                 stage.strategy,

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ftlit.data.datamodules import MAIN
-from ftlit.data.formats import Conversation, Message
+from ftlit.data.formats import Completion, Conversation, Message, Record, Text
 from ftlit.data.sources import Source
-from ftlit.errors import ConfigError
+from ftlit.data.templating import ChatTemplate
+from ftlit.errors import ConfigError, DataError
 
 # Names of the verifier's own arguments.
 _TAKEN = ("prompts", "completions")
@@ -39,8 +40,22 @@ class EvalRow(NamedTuple):
         return [message.turn() for message in self.messages]
 
 
-def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, seed: int) -> tuple[list[EvalRow], int]:
-    """Reads and tokenizes rows to answer.
+class EvalRows(NamedTuple):
+    """The questions of a set.
+
+    Attributes:
+        chosen: Those that are asked.
+        available: How many there were to choose from.
+        documents: Rows of raw text, which ask nothing.
+    """
+
+    chosen: list[EvalRow]
+    available: int
+    documents: int
+
+
+def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, seed: int) -> EvalRows:
+    """Reads and tokenizes rows to answer: the prompt of each is, token for token, what training puts before its answer.
 
     Args:
         data: The datamodule, set up.
@@ -49,36 +64,60 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
         num_rows: Most rows; more are thinned by a seeded choice.
         seed: Seed of the choice.
 
-    Returns:
-        The chosen rows, and how many there were to choose from.
-
     Raises:
         ConfigError: If there are none.
-        DataError: If one cannot be read.
+        DataError: If one cannot be read, and `data.on_bad_row` is `error`.
     """
-    found = _conversations(data, rows, test)
-    chosen = range(len(found))
-    if num_rows is not None and num_rows < len(found):
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-        chosen = sorted(order[:num_rows].tolist())  # type: ignore[assignment]
+    found = _records(data, rows, test)
+    asking = [number for number, (_, _, record) in enumerate(found) if not isinstance(record, Text)]
+    if not asking:
+        raise ConfigError("GenerationEval has no questions, only raw text; set its own rows to a file that asks.")
+    chosen = asking
+    if num_rows is not None and num_rows < len(asking):
+        order = torch.randperm(len(asking), generator=torch.Generator().manual_seed(seed))
+        chosen = [asking[place] for place in sorted(order[:num_rows].tolist())]
     out = []
+    refused: dict[Source, list[str]] = {}
     for number in chosen:
-        source, index, conversation = found[number]
-        messages = conversation.messages
-        reference = messages[-1].content if messages[-1].role == "assistant" else None
-        if reference is not None:
+        source, index, record = found[number]
+        try:
+            with source.at(index):
+                out.append(_row(data.template, number + 1, record, source.row(index)))
+        except DataError as error:
+            if data.on_bad_row == "error":
+                raise
+            refused.setdefault(source, []).append(str(error))
+    for source, sentences in refused.items():
+        data.list_skipped(source, sentences)
+    if not out:
+        raise ConfigError(f"GenerationEval: none of {len(chosen):,} rows can be asked.")
+    return EvalRows(out, len(asking), len(found) - len(asking))
+
+
+def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, Any]) -> EvalRow:
+    """One question: a record without its last answer."""
+    reference = None
+    if isinstance(record, Completion):
+        messages: tuple[Message, ...] = (Message("user", record.prompt),)
+        reference = record.completion.strip()
+    else:
+        assert isinstance(record, Conversation)
+        messages = record.messages
+        if messages and messages[-1].role == "assistant":
+            calls = (messages[-1].more or {}).get("tool_calls")
+            reference = None if calls else messages[-1].content
             messages = messages[:-1]
-        with source.at(index):
-            prompt = data.template.prompt_ids(messages)
-        columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        out.append(EvalRow(number + 1, messages, prompt, reference, columns))
-    return out, len(found)
+        if not messages:
+            raise DataError("holds no turn to answer.")
+        record = record._replace(messages=messages)
+    columns = {key: value for key, value in row.items() if key not in _TAKEN}
+    return EvalRow(number, messages, template.prompt_of(record), reference, columns)
 
 
-def _conversations(data: Any, rows: str | None, test: bool) -> list[tuple[Source, int, Conversation]]:
+def _records(data: Any, rows: str | None, test: bool) -> list[tuple[Source, int, Record]]:
     """The rows as the datamodule reads them, with its system turn and placeholders."""
     if rows is None and test:
-        return data.conversations("test", [data.test_file])
+        return data.records("test", [data.test_file])
     sets = data.validation
     if rows is None:
         if not sets:
@@ -86,8 +125,8 @@ def _conversations(data: Any, rows: str | None, test: bool) -> list[tuple[Source
         rows = MAIN if MAIN in sets else next(iter(sets))
     given = sets.get(rows, rows)
     if isinstance(given, str):
-        return data.conversations("validation", [given])
-    return data.conversations("train", data.files, rows)
+        return data.records("validation", [given])
+    return data.held_out(rows)
 
 
-__all__ = ["EvalRow", "eval_rows"]
+__all__ = ["EvalRow", "EvalRows", "eval_rows"]

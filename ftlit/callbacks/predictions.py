@@ -19,7 +19,9 @@ class WritePredictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        """Writes all rows at once."""
+        """Writes all rows at once; every rank has answered all of them."""
+        if not trainer.is_global_zero:
+            return
         data: Any = trainer.datamodule
         answers = [answer for batch in predictions for answer in batch]
         path = Path(trainer.default_root_dir) / "predictions.jsonl"

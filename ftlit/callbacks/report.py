@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from ftlit.callbacks import forgetting_report
 from ftlit.callbacks.generation_eval import GenerationEval
 from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
 from ftlit.files import write_text
+from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -133,8 +135,14 @@ class Report(L.Callback):
             share = summary["generation_seconds"] / summary["seconds"]
             lines.append(f"generation {summary['generation_seconds']:.0f} s, {share:.0%} of the run")
         lines += before_and_after(summary["start"], summary["end"])
+        lines += forgetting_report.learnt_and_lost(summary["start"], summary["end"])
+        probe = next(iter(_probes(trainer)), None)
+        if probe is not None:
+            lines += forgetting_report.notes(probe, summary["seconds"])
         curve = draw(folder)
-        lines.append(f"kept in    {folder}: {', '.join(_left_in(folder, curve))}")
+        pictures = [curve] if curve else []
+        pictures += forgetting_report.draw(folder, curves(folder / "metrics.csv"), getattr(probe, "limit", None))
+        lines.append(f"kept in    {folder}: {', '.join(_left_in(folder, pictures))}")
         print("\n".join(lines), flush=True)
 
     def _summary(self, trainer: L.Trainer, stage: Stage, memory: list[int]) -> dict[str, Any]:
@@ -143,7 +151,8 @@ class Report(L.Callback):
         trained, changed, total = count(stage.policy.lm, stage.strategy)
         evals = [callback for callback in trainer.callbacks if isinstance(callback, GenerationEval)]
         start, end = dict(stage.start_metrics), dict(stage.last_metrics)
-        for one in evals:
+        measuring: list[GenerationEval | ForgettingProbe] = [*evals, *_probes(trainer)]
+        for one in measuring:
             start |= one.start_values
             end |= one.last_values
         return {
@@ -156,6 +165,7 @@ class Report(L.Callback):
             "seconds": self._earlier + time.perf_counter() - self._began,
             "seconds_in_steps": self._busy,
             "generation_seconds": sum(one.seconds for one in evals),
+            "forgetting_seconds": sum(one.seconds for one in _probes(trainer)),
             "tokens": self._tokens,
             "trained_tokens": self._targets,
             "tokens_per_s": self._tokens / self._busy if self._busy else 0.0,
@@ -165,7 +175,12 @@ class Report(L.Callback):
             "start": finite(start),
             "end": finite(end),
             "last_step": finite(stage.step_metrics),
+            "weights_moved": {layer: size for probe in _probes(trainer) for layer, size in probe.layers.items()},
         }
+
+
+def _probes(trainer: L.Trainer) -> list[ForgettingProbe]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, ForgettingProbe)]
 
 
 def count(lm: PreTrainedModel, strategy: PEFTStrategy) -> tuple[int, int, int]:
@@ -296,9 +311,9 @@ def curves(table: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: points for key, points in series.items() if points}
 
 
-def _left_in(folder: Path, curve: Path | None) -> list[str]:
+def _left_in(folder: Path, pictures: Sequence[Path]) -> list[str]:
     """What a run left behind, as it is."""
-    names = ["summary.json", "metrics.csv", *([curve.name] if curve else [])]
+    names = ["summary.json", "metrics.csv", *(picture.name for picture in pictures)]
     names += sorted(path.name for path in folder.glob("samples*.jsonl"))
     return [*names, *(f"{name}/" for name in ("checkpoints", "adapter") if (folder / name).exists())]
 

@@ -119,6 +119,7 @@ class SFTData(L.LightningDataModule):
         self._template: ChatTemplate | None = None
         self._digests: dict[str, np.ndarray] = {}
         self._train_sources: list[Source] = []
+        self._taken: dict[str, list[np.ndarray]] = {}
         self._said: set[str] = set()
         self._fingerprint = ""
         self._check()
@@ -245,7 +246,7 @@ class SFTData(L.LightningDataModule):
         keep = [_readable(one) for one in made]
         for name, share in self.validation.items():
             if not isinstance(share, str):
-                held_out = self._held_out(keep, float(share))
+                self._taken[name] = held_out = self._held_out(keep, float(share))
                 self._load(f"validation:{name}", f"validation ({name})", made, held_out)
                 keep = [rows & ~taken for rows, taken in zip(keep, held_out, strict=True)]
         joined = self._load("train", "train", made, keep, refused=True)
@@ -314,7 +315,7 @@ class SFTData(L.LightningDataModule):
                 "this model's tokenizer has no chat template, so the plain one is used (### User: ... ### Assistant: "
                 "...); data.chat_template gives another."
             )
-        self._list(source, list(made.refused.values()))
+        self.list_skipped(source, list(made.refused.values()))
         return made
 
     def _open(self, what: str, files: Sequence[str | None]) -> list[Source]:
@@ -348,52 +349,59 @@ class SFTData(L.LightningDataModule):
         refused = []
         for row in range(len(source)):
             try:
-                record = source.record(row)
+                record = self._record(source, row)
                 with source.at(row):
-                    record = self._changed(source, record)
                     self.prompts.append((as_conversation(record), self.template.prompt_of(record)))
             except DataError as error:
                 if self.on_bad_row == "error":
                     raise
                 refused.append(str(error))
-        self._list(source, refused)
+        self.list_skipped(source, refused)
         if not self.prompts:
             raise DataError(f"predict: none of {len(source)} rows can be read.")
 
-    def conversations(
-        self, what: str, files: Sequence[str | None], name: str = ""
-    ) -> list[tuple[Source, int, Conversation]]:
-        """The rows of some files as conversations, with the system turn and the placeholders of this run.
+    def records(self, what: str, files: Sequence[str | None]) -> list[tuple[Source, int, Record]]:
+        """The rows of some files, with the system turn and the placeholders of this run, not tokenized.
 
         Args:
             what: The argument that names the files, such as `test`.
             files: The files.
-            name: A validation set that is a share of these rows: only its rows, then.
+
+        Returns:
+            For each row its source, its number there, and what it holds.
 
         Raises:
             DataError: If a row cannot be read and `on_bad_row` is `error`.
         """
-        sources = self._open(what, files)
-        readable, records = [], []
-        for source in sources:
-            keep = np.zeros(len(source), bool)
+        found = []
+        for source in self._open(what, files):
+            refused = []
             for row in range(len(source)):
                 try:
-                    record = source.record(row)
-                    with source.at(row):
-                        records.append((source, row, as_conversation(self._changed(source, record))))
-                    keep[row] = True
-                except DataError:
+                    found.append((source, row, self._record(source, row)))
+                except DataError as error:
                     if self.on_bad_row == "error":
                         raise
-            readable.append(keep)
-        if not name:
-            return records
-        held_out = dict(zip(map(id, sources), self._held_out(readable, float(self.validation[name])), strict=True))
-        return [(source, row, turns) for source, row, turns in records if held_out[id(source)][row]]
+                    refused.append(str(error))
+            self.list_skipped(source, refused)
+        return found
 
-    def _list(self, source: Source, sentences: list[str]) -> None:
-        """Says which rows are skipped."""
+    def held_out(self, name: str) -> list[tuple[Source, int, Record]]:
+        """The same for a validation set that is a share of the training rows."""
+        self.load_train()
+        return [
+            (source, row, self._record(source, row))
+            for source, taken in zip(self._train_sources, self._taken[name], strict=True)
+            for row in np.nonzero(taken)[0].tolist()
+        ]
+
+    def _record(self, source: Source, row: int) -> Record:
+        record = source.record(row)
+        with source.at(row):
+            return self._changed(source, record)
+
+    def list_skipped(self, source: Source, sentences: list[str]) -> None:
+        """Says which rows of a source are skipped."""
         if not sentences:
             return
         lines = [f"{source.name}: {len(sentences):,} of {len(source):,} rows cannot be read and are skipped:"]
@@ -434,7 +442,7 @@ class SFTData(L.LightningDataModule):
             counts = Statistics(name)
             counts.refused = len(one.refused) if refused or rows is None else 0
             counts.rows = int(taken.sum()) + counts.refused
-            counts.unread = one.source.unread()
+            counts.read_as, counts.unread = one.source.read_as(), one.source.unread()
             counts.drop(EMPTY, int((taken & (one.split == 0)).sum()))
             examples = one.examples.take(taken[one.examples.rows])
             documents = len(np.unique(examples.rows[examples.windowed]))
@@ -524,6 +532,8 @@ class SFTData(L.LightningDataModule):
             for counts in each:
                 prefix = f"{counts.name}: " if len(each) > 1 else ""
                 lines += [f"  {prefix}{note}" for note in counts.notes()]
+                if counts.read_as:
+                    lines.append(f"  {prefix}read {', '.join(counts.read_as)}")
                 if counts.unread:
                     lines.append(f"  {prefix}columns not read: {', '.join(counts.unread)}")
             if total.duplicates:

@@ -225,13 +225,12 @@ class PromptData(SFTData):
                     if self.on_bad_row == "error":
                         raise
                     refused.append(str(error))
-            self._list(source, refused)
+            self.list_skipped(source, refused)
         return found
 
     def _row(self, source: Source, index: int) -> PromptRow:
-        record = source.record(index)
+        record = self._record(source, index)
         with source.at(index):
-            record = self._changed(source, record)
             messages, ids = as_conversation(record).messages, self.template.prompt_of(record)
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))

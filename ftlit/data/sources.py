@@ -56,7 +56,7 @@ class Source:
             self._starts.append(self._starts[-1] + len(table.rows))
         if not len(self):
             raise DataError(f"{name} holds no rows.")
-        self._columns = [_renaming(table, columns or {}) for table in self.tables]
+        self._columns = [self._renaming(table, columns or {}) for table in self.tables]
         self.formats = [
             self._format(table, row_format, renamed) for table, renamed in zip(self.tables, self._columns, strict=True)
         ]
@@ -114,6 +114,18 @@ class Source:
         except DataError as error:
             raise DataError(f"{self.where(index)}: {error}") from None
 
+    def read_as(self) -> list[str]:
+        """Which formats the rows are read as, and of several files how many are: `2 files as Alpaca (14 rows)`."""
+        files: dict[str, list[int]] = {}
+        for table, read in zip(self.tables, self.formats, strict=True):
+            files.setdefault(type(read).__name__, []).append(len(table.rows))
+        if len(self.tables) == 1:
+            return [f"as {kind}" for kind in files]
+        return [
+            f"{len(rows):,} file{'s' * (len(rows) > 1)} as {kind} ({sum(rows):,} row{'s' * (sum(rows) > 1)})"
+            for kind, rows in files.items()
+        ]
+
     def unread(self) -> list[str]:
         """Columns that no format reads."""
         names: dict[str, None] = {}
@@ -135,6 +147,31 @@ class Source:
         have = [column for column in table.columns if column not in renamed.values() and column not in renamed]
         have += [name for name, column in renamed.items() if column is not None]
         return given or detect(have, table.name, answers=self.answers)
+
+    def _renaming(self, table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
+        """The renamings that a table needs: none where it has the format's own name, or fits another format as it is.
+
+        Raises:
+            DataError: If it has neither name and fits no format.
+        """
+        if table.is_document:
+            return {}
+        renamed = {name: column for name, column in columns.items() if column is None or column in table.columns}
+        absent = [name for name in columns if name not in renamed and name not in table.columns]
+        if not absent or (all(column is None for column in renamed.values()) and self._fits(table)):
+            return renamed
+        name, column = absent[0], columns[absent[0]]
+        likely = suggest(table.columns).get(name)
+        hint = f"did you mean {likely!r}?" if likely else nearest(str(column), table.columns)
+        raise DataError(f"{table.name} has no column {column!r}, which data.columns gives for {name!r}: {hint}")
+
+    def _fits(self, table: Table) -> bool:
+        """Whether a format reads the table without any renaming."""
+        try:
+            detect(table.columns, table.name, answers=self.answers)
+        except DataError:
+            return False
+        return True
 
     # ---- opening --------------------------------------------------------------------------------------------------
 
@@ -257,25 +294,6 @@ def _in_file(error: RowError, renamed: Mapping[str, str | None]) -> RowError:
     name = re.split(r"[.\[]", error.column, maxsplit=1)[0]
     column = renamed.get(name)
     return error if column is None else RowError(column + error.column[len(name) :], error.wanted, error.got)
-
-
-def _renaming(table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The renamings that a table needs: a table that has the format's own name already needs none.
-
-    Raises:
-        DataError: If it has neither.
-    """
-    if table.is_document:
-        return {}
-    renamed: dict[str, str | None] = {}
-    for name, column in columns.items():
-        if column is None or column in table.columns:
-            renamed[name] = column
-        elif name not in table.columns:
-            likely = suggest(table.columns).get(name)
-            hint = f"did you mean {likely!r}?" if likely else nearest(column, table.columns)
-            raise DataError(f"{table.name} has no column {column!r}, which data.columns gives for {name!r}: {hint}")
-    return renamed
 
 
 # ---- what is done to every record -----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Statistics:
         self.longest = 0
         self.duplicates = 0
         self.in_train = 0
+        self.read_as: list[str] = []
         self.unread: list[str] = []
         self.lengths = np.zeros(0, np.int64)
 

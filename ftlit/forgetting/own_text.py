@@ -12,9 +12,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -26,6 +25,9 @@ from ftlit.errors import ConfigError
 from ftlit.files import write_text
 from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.rollout.generate import answer, seed_of
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
 
 VERSION = 1
 BLOCK = 32
@@ -43,7 +45,7 @@ class _Text(NamedTuple):
 
 
 def own_text(
-    stage: L.LightningModule,
+    stage: Stage,
     prompts: Sequence[Sequence[int]] | None,
     num: int,
     *,
@@ -114,7 +116,7 @@ class _Author:
 
     def __init__(
         self,
-        stage: L.LightningModule,
+        stage: Stage,
         prompts: Sequence[Sequence[int]] | None,
         room: int,
         seed: int,
@@ -193,7 +195,7 @@ class _Author:
         return [one.tokens + (self.end if one.ended else []) for one in made]
 
 
-def _template(stage: L.LightningModule) -> ChatTemplate | None:
+def _template(stage: Stage) -> ChatTemplate | None:
     data: Any = getattr(stage.trainer, "datamodule", None)
     template = getattr(data, "template", None)
     if isinstance(template, ChatTemplate):
@@ -201,7 +203,7 @@ def _template(stage: L.LightningModule) -> ChatTemplate | None:
     return ChatTemplate(stage.tokenizer) if stage.tokenizer.chat_template else None
 
 
-def _blocks(stage: L.LightningModule, author: _Author, wanted: Sequence[int]) -> list[_Text]:
+def _blocks(stage: Stage, author: _Author, wanted: Sequence[int]) -> list[_Text]:
     """The texts of some blocks, from the cache where it has them; the same on all ranks."""
     trainer = stage.trainer
     world, rank = trainer.world_size, trainer.global_rank

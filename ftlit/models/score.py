@@ -69,7 +69,7 @@ def token_scores(
         head: The output layer.
         targets: Token ids, int64 `[N]`.
         needs: `entropy`, `mean_logps`: with their gradients.
-        watch: The same names: values without gradients, which cost no memory.
+        watch: The same names, and `choice`: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
 
     Returns:
@@ -86,10 +86,10 @@ def token_scores(
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
         head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
-        "entropy" in needs, "entropy" in needs | watch,
+        "entropy" in needs, "entropy" in needs | watch, "choice" in watch,
     )  # fmt: skip
-    logps, correct, mean_logps, entropy = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
-    return TokenScores(logps, correct, entropy, mean_logps)
+    logps, correct, mean_logps, entropy, choice = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
+    return TokenScores(logps, correct, entropy, mean_logps, choice=choice)
 
 
 class _Plan(NamedTuple):
@@ -102,6 +102,7 @@ class _Plan(NamedTuple):
     mean: bool
     entropy_grad: bool
     entropy: bool
+    choice: bool
 
 
 class _Inputs(NamedTuple):
@@ -139,8 +140,8 @@ class _Tile(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if t is not None)
 
 
-def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], _Tile]:
-    """Scores of a chunk (`logps, correct, mean_logps, entropy`, each `[n]`), and what its gradients need."""
+def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _Tile]:
+    """Scores of a chunk (`logps, correct, mean_logps, entropy, choice`, each `[n]`), and what its gradients need."""
     hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
     if low is not None and up is not None:
@@ -157,6 +158,7 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor
         logits = bent.mul_(plan.softcap)
     chosen = logits.gather(1, targets[:, None])
     top = logits.amax(1, keepdim=True)
+    choice = logits.argmax(1) if plan.choice else None
     shifted = logits.sub_(top)
     mean = shifted.mean(1) if plan.mean else None
     exps = shifted.exp() if plan.entropy else shifted.exp_()
@@ -167,7 +169,8 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor, Tensor, Tensor
     if plan.entropy:  # log sum - sum p (z - max)
         entropy = log_sums.squeeze(1) - torch.einsum("nv,nv->n", exps, shifted) / sums.squeeze(1)
     correct = (chosen >= top).squeeze(1)
-    return (logps, correct, None if mean is None else mean - log_sums.squeeze(1), entropy), _Tile(exps, sums, slope)
+    mean = None if mean is None else mean - log_sums.squeeze(1)
+    return (logps, correct, mean, entropy, choice), _Tile(exps, sums, slope)
 
 
 def _dlogits(
@@ -218,7 +221,7 @@ class _TokenScores(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         plan: _Plan,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         inputs = _Inputs(hidden, low, weight, up, bias, targets)
         num = hidden.shape[0]
         options: dict[str, Any] = {
@@ -229,6 +232,7 @@ class _TokenScores(torch.autograd.Function):
         correct = torch.empty(num, dtype=torch.bool, device=hidden.device)
         mean = torch.empty(num, **options) if plan.mean else None
         entropy = torch.empty(num, **options) if plan.entropy else None
+        choice = torch.empty_like(targets) if plan.choice else None
         wants_head = any(ctx.needs_input_grad[place] for place in (1, 2, 3, 4))
         wants_hidden = ctx.needs_input_grad[0] and not wants_head
         # One N x D gradient for each score that has one: log-probability, mean, entropy.
@@ -240,7 +244,7 @@ class _TokenScores(torch.autograd.Function):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
             values, tile = _forward(rows, plan)
-            for whole, value in zip((logps, correct, mean, entropy), values, strict=True):
+            for whole, value in zip((logps, correct, mean, entropy, choice), values, strict=True):
                 if whole is not None and value is not None:
                     whole[part] = value
             if wants_hidden:
@@ -255,15 +259,15 @@ class _TokenScores(torch.autograd.Function):
             ctx.save_for_backward(*slopes)
         elif wants_head:
             ctx.save_for_backward(*inputs, *(tensor for tile in kept for tensor in tile))
-        plain = [correct]
+        plain = [correct] if choice is None else [correct, choice]
         plain += [] if mean is None or plan.mean_grad else [mean]
         plain += [] if entropy is None or plan.entropy_grad else [entropy]
         ctx.mark_non_differentiable(*plain)
-        return logps, correct, mean, entropy
+        return logps, correct, mean, entropy, choice
 
     @staticmethod
     def backward(
-        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None
+        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, __: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         coefficients = (d_logps, d_mean if plan.mean_grad else None, d_entropy if plan.entropy_grad else None)

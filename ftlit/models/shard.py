@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ftlit.batch import Example, pack
 from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
@@ -33,13 +34,16 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(policy: Policy) -> Iterator[None]:
     """Context in which a sharded model is whole on every rank, and no layer needs the other ranks.
 
     For generation, where ranks run the model unequally often. All ranks must enter; a model that is not sharded is left
-    as it is. It must have run at least once.
+    as it is.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = [part for part in policy.modules() if isinstance(part, FSDPModule)]
+    if parts:  # FSDP2 takes what runs first for the root, and generation runs only what is inside
+        with torch.no_grad():
+            policy(pack([Example([0, 0], [0, 1])]).to(next(policy.parameters()).device))
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -18,6 +18,7 @@ class TokenScores(NamedTuple):
         correct: Whether no other token is more likely, bool `[N]`.
         entropy: Entropy of the distribution that the target is drawn from, nats, `[N]`; None unless asked for.
         mean_logps: Mean log-probability of all V tokens of the vocabulary, nats, `[N]`; None unless asked for.
+        choice: The likeliest token, int64 `[N]`; None unless asked for.
         kl: KL divergence from the start model to the present one, nats, `[N]`; 0 at targets of other sources than those
             it was asked for. None unless asked for.
         states: The hidden state that predicts the target, `[N, D]`; carries the gradient. None unless asked for.
@@ -27,6 +28,7 @@ class TokenScores(NamedTuple):
     correct: Tensor
     entropy: Tensor | None = None
     mean_logps: Tensor | None = None
+    choice: Tensor | None = None
     kl: Tensor | None = None
     states: Tensor | None = None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -117,6 +117,26 @@ class LowRankChange(Change):
         return self.scale**2 * ((down @ self.down.t()) * (up @ self.up)).sum()
 
 
+Alpha = float | Callable[[str], float]
+"""How far along the way from the start: one number, or one for each parameter by its name in the model."""
+
+
+@torch.no_grad()
+def move(parameter: Tensor, start: Tensor, alpha: float) -> None:
+    """Puts a parameter at `start + alpha (parameter - start)`; exactly at either end where alpha is 0 or 1.
+
+    Args:
+        parameter: Changed in place.
+        start: Its value at the start, on any device and of any type.
+        alpha: The share of the way that is kept.
+    """
+    if alpha == 1:
+        return
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    first = start.to(parameter.device, wide)
+    parameter.copy_(torch.lerp(first, parameter.to(wide), alpha))
+
+
 def input_dim(module: nn.Module, name: str) -> int:
     """Which dimension of a parameter is its layer's input.
 
@@ -204,6 +224,55 @@ class PEFTStrategy(ABC):
     @abstractmethod
     def start(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Context in which the model is exactly as it was when this run started."""
+
+    def not_between(self, model: PreTrainedModel) -> str | None:
+        """Why the model cannot stand between its start and its present state, in one sentence; None where it can."""
+        return f"{type(self).__name__} has no way back to the start of which a part could be gone."
+
+    def interpolate(self, model: PreTrainedModel, alpha: Alpha) -> None:
+        """Moves every changed weight in place to `start + alpha (present - start)`.
+
+        With alpha 1 nothing changes, with alpha 0 the model is at its start, exactly. `remember_start` must have been
+        called before training. All ranks must call.
+
+        Args:
+            model: The model.
+            alpha: The share of the change that is kept, or a function that gives it for the name of a parameter.
+
+        Raises:
+            ConfigError: If the strategy cannot do that (`not_between` says why).
+        """
+        reason = self.not_between(model)
+        if reason is not None:
+            raise ConfigError(reason)
+        share = alpha if callable(alpha) else lambda name: alpha
+        with torch.no_grad():
+            self._interpolate(model, share)
+
+    def _interpolate(self, model: PreTrainedModel, alpha: Callable[[str], float]) -> None:
+        """Does it; a strategy whose `not_between` may be None must have it."""
+        raise NotImplementedError
+
+    @contextmanager
+    def at(self, model: PreTrainedModel, alpha: Alpha) -> Iterator[None]:
+        """Context in which the model is `alpha` of the way from its start; afterwards it is bitwise what it was.
+
+        Args:
+            model: The model.
+            alpha: As in `interpolate`.
+
+        Raises:
+            ConfigError: If the strategy cannot do that.
+        """
+        trained = list(self.trained(model).values())
+        now = [parameter.detach().clone() for parameter in trained]
+        try:
+            self.interpolate(model, alpha)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(trained, now, strict=True):
+                    parameter.copy_(value)
 
     def lr_factor(self, name: str) -> float:
         """Factor on the learning rate of a trained parameter.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim
+from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim, move
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ class Full(PEFTStrategy):
     @override
     def remember_start(self, model: PreTrainedModel) -> None:
         if self._start is None:
-            self._start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+            self._start = {name: _compact(p.detach()) for name, p in model.named_parameters()}
 
     def _remembered(self) -> dict[str, Tensor]:
         if self._start is None:
@@ -46,7 +47,7 @@ class Full(PEFTStrategy):
         start = self._remembered()
         for name, parameter in model.named_parameters():
             path, _, own = name.rpartition(".")
-            delta = parameter - start[name].to(parameter.device)
+            delta = parameter - start[name].to(parameter.device, parameter.dtype)
             yield DenseChange(name, delta, input_dim(model.get_submodule(path), own))
 
     @override
@@ -60,14 +61,31 @@ class Full(PEFTStrategy):
         now = {name: parameter.data for name, parameter in model.named_parameters()}
         try:
             for name, parameter in model.named_parameters():
-                parameter.data = start[name].to(parameter.device)
+                parameter.data = start[name].to(parameter.device, parameter.dtype)
             yield
         finally:
             for name, parameter in model.named_parameters():
                 parameter.data = now[name]
 
+    @override
+    def not_between(self, model: PreTrainedModel) -> str | None:
+        return None
+
+    @override
+    def _interpolate(self, model: PreTrainedModel, alpha: Callable[[str], float]) -> None:
+        start = self._remembered()
+        for name, parameter in model.named_parameters():
+            move(parameter, start[name], alpha(name))
+
     def merge(self, model: PreTrainedModel) -> None:
         """Nothing to fold: the weights are the result."""
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A copy in the memory of the CPU; in bfloat16 where that loses nothing, as with weights that came in it."""
+    half = tensor.to(torch.bfloat16)
+    kept = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+    return kept.to("cpu", copy=True)
 
 
 __all__ = ["Full"]

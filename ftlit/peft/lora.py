@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim
+from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim, move
 from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_copy
 from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ftlit.peft.matching import Names, is_in, layer_of, pattern_key, select, shortest
@@ -272,6 +272,24 @@ class LoRA(PEFTStrategy):
         finally:
             for layer, enabled in zip(layers, was, strict=True):
                 layer.enabled = enabled
+
+    @override
+    def not_between(self, model: PreTrainedModel) -> str | None:
+        if not any(layer.goes_on for layer in self._adapters(model).values()):
+            return None
+        return (
+            "LoRA goes on from another adapter, and what lies between two products of one rank has twice that rank; "
+            "merge the first adapter (ftlit export) and train a new one on the merged model."
+        )
+
+    @override
+    def _interpolate(self, model: PreTrainedModel, alpha: Callable[[str], float]) -> None:
+        for name, layer in self._adapters(model).items():
+            # One factor of the product only: both would give alpha squared.
+            layer.get_parameter(layer.zero).mul_(alpha(f"{name}.{layer.zero}"))
+        for copy in copies(model):
+            if not copy.name.startswith("lora_"):
+                move(copy.trained, copy.start, alpha(copy.full_name))
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ class LoRALayer(nn.Module):
 
     parts: ClassVar[tuple[str, str]]
     """The parameters A and B."""
+    zero: ClassVar[str]
+    """The one of them that is zero at first: the product is scaled through it, the other keeps what was drawn."""
     suffix: ClassVar[str]
     """What the PEFT library writes after their names."""
     transposed: bool = False
@@ -133,6 +135,7 @@ class LoRALinear(LoRALayer):
     """`x W^T + b + scale * dropout(x) A^T B^T` for `nn.Linear`, and for GPT-2's Conv1D, which stores `W^T`."""
 
     parts: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    zero: ClassVar[str] = "lora_B"
     suffix: ClassVar[str] = ".weight"
     lora_A: nn.Parameter  # noqa: N815 - the PEFT library's names
     lora_B: nn.Parameter  # noqa: N815
@@ -171,6 +174,7 @@ class LoRAEmbedding(LoRALayer):
     """`W[ids] + scale * (A^T)[ids] B^T`; A starts at zero and B is drawn, as in the PEFT library."""
 
     parts: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
+    zero: ClassVar[str] = "lora_embedding_A"
     suffix: ClassVar[str] = ""
     transposed = True
     lora_embedding_A: nn.Parameter  # noqa: N815 - the PEFT library's names

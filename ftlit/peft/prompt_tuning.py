@@ -61,6 +61,13 @@ class VirtualTokens(PEFTStrategy):
             self.active = was
 
     @override
+    def not_between(self, model: PreTrainedModel) -> str | None:
+        return (
+            f"{type(self).__name__} changes no weight: its start is the model without virtual tokens, and nothing lies "
+            "between with and without."
+        )
+
+    @override
     def peft_config(self, model: PreTrainedModel) -> dict[str, Any]:
         config = model.config
         return {

@@ -20,6 +20,7 @@ from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.prepare import prepare_controls
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
@@ -302,6 +303,7 @@ class Stage(L.LightningModule):
         if stage != "fit":
             return
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did
             self.trainer.num_sanity_val_steps = 0
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
@@ -416,7 +418,13 @@ class Stage(L.LightningModule):
     @property
     def divisor(self) -> float:
         """What the loss is divided by: 1, and the weights that a budget turns, so that they do not change its size."""
-        return 1.0
+        return 1.0 + sum(control.weight for control in self.controls if control.normalised and control.in_loss)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What a budget turns, where the run has no control of its own."""
+        if self.trainer.state.fn != "fit":
+            return []
+        return [*ForgettingBudget.default_controls(self.trainer.callbacks)]
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""

@@ -12,6 +12,7 @@ from ftlit.batch import PackedBatch, StepTotals
 from ftlit.data.datamodules import MAIN
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics import TokenNLL
+from ftlit.models.shard import gathered
 from ftlit.objectives.scores import EXTRAS, TokenScores
 from ftlit.objectives.sft import CrossEntropy, TokenObjective
 from ftlit.rollout.generate import generate
@@ -145,7 +146,9 @@ class SFT(Stage):
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[str]:
         """Answers some prompts greedily."""
         assert self.policy is not None
-        answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, max_new_tokens=self.max_new_tokens)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        with gathered(self.policy):
+            answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, **options)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM and Ctrl-C let the optimizer step end, and the run is saved.
+"""Stopping a run from outside: SIGTERM, Ctrl-C and SLURM let the optimizer step end, and the run is saved.
 
 Lightning's own handler calls a collective operation from inside the signal handler, which meets whatever the other
 ranks happen to be doing. Here a handler only takes a note, and the ranks agree at the end of a step.
@@ -6,10 +6,18 @@ ranks happen to be doing. Here a handler only takes a note, and the ranks agree 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
 import threading
 from types import FrameType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+if TYPE_CHECKING:
+    import lightning as L
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -25,21 +33,64 @@ class StopRequest:
     last: ClassVar[int | None] = None
     """The signal that stopped the latest run of this process."""
 
+    def __init__(self) -> None:
+        self.names = dict(_NAMES)
+        self._requeued_by: int | None = None
+
+    def take_over(self, trainer: L.Trainer) -> None:
+        """Takes over the signal by which SLURM announces that a job will be put back into the queue.
+
+        Lightning's own handler saves wherever training happens to be, inside an optimizer step too.
+        """
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            environment.auto_requeue = False
+            number = environment.requeue_signal
+            if number is not None:
+                self._requeued_by = number
+                self.names[number] = f"SLURM's {signal.Signals(number).name}"
+                self._install(number)
+
     def install(self) -> None:
         """Takes over SIGTERM and SIGINT until Lightning gives them back; again: does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _NAMES:
-            if signal.getsignal(number) != self._note:
-                signal.signal(number, self._note)
+        for number in self.names:
+            self._install(number)
+
+    def _install(self, number: int) -> None:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != self._note:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # asked twice: at once, without saving
+            if number == self._requeued_by:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
             return
         self.signal = StopRequest.last = number
-        print(f"\n{_NAMES[signal.Signals(number)]}: stopping after this step; once more stops at once.", flush=True)
+        more = "" if number == self._requeued_by else "; once more stops at once"
+        with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
+            print(f"\n{self.names[signal.Signals(number)]}: stopping after this step{more}.", flush=True)
+
+    def requeue(self) -> None:
+        """Puts the job back into SLURM's queue, where that is what was asked for; one process does it for all."""
+        if self.signal is None or self.signal != self._requeued_by:
+            return
+        job = os.environ.get("SLURM_JOB_ID", "")
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        try:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            problem = " ".join(done.stderr.split()) if done.returncode else ""
+        except OSError as error:
+            problem = error.strerror or str(error)
+        said = f"could not be put back into the queue: {problem}" if problem else "is back in the queue"
+        print(f"SLURM job {job} {said}", flush=True)
+
+
+def restarted() -> bool:
+    """Whether SLURM has started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def exit_status(number: int | None) -> int:

@@ -164,6 +164,44 @@ class PEFTStrategySuite(ABC):
             raise KeyError
         torch.testing.assert_close(self.logps(policy, examples), now, rtol=0, atol=0)
 
+    def test_part_of_the_way_is_part_of_every_change(self) -> None:
+        """At `alpha` each weight has changed by `alpha` times its change; at 0 the model is at its start.
+
+        Afterwards it is bitwise what it was, also after an exception; what cannot stand between says why.
+        """
+        policy, examples = self.policy(), tiny_examples()
+        strategy, lm = policy.strategy, policy.lm
+        if strategy.not_between(lm) is not None:
+            with pytest.raises(ConfigError), strategy.at(lm, 0.5):
+                pass
+            return
+        dense = {change.name: change.materialize().detach() for change in strategy.changes(lm)}
+        now = {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
+        before = self.logps(policy, examples)
+        for alpha in (0.0, 0.3, 1.0):
+            with strategy.at(lm, alpha):
+                for change in strategy.changes(lm):
+                    expected = alpha * dense[change.name]
+                    torch.testing.assert_close(change.materialize(), expected, rtol=1e-9, atol=1e-12)
+                if alpha == 0:
+                    with strategy.start(lm):
+                        expected = self.logps(policy, examples)
+                    torch.testing.assert_close(self.logps(policy, examples), expected, rtol=0, atol=1e-9)
+        first = next(iter(dense))
+        trained = first.rpartition(".")[0]  # one layer alone
+        with strategy.at(lm, lambda name: 0.5 if name.rpartition(".")[0] == trained else 1.0):
+            for change in strategy.changes(lm):
+                share = 0.5 if change.name.rpartition(".")[0] == trained else 1.0
+                torch.testing.assert_close(change.materialize(), share * dense[change.name], rtol=1e-9, atol=1e-12)
+        with pytest.raises(KeyError), strategy.at(lm, 0.5):
+            raise KeyError
+        for name, parameter in lm.named_parameters():
+            assert torch.equal(parameter, now[name]), f"{name} is not what it was"
+        torch.testing.assert_close(self.logps(policy, examples), before, rtol=0, atol=0)
+        strategy.interpolate(lm, 0.5)
+        for change in strategy.changes(lm):
+            torch.testing.assert_close(change.materialize(), 0.5 * dense[change.name], rtol=1e-9, atol=1e-12)
+
     def test_changes_are_what_merging_adds(self) -> None:
         """Each change is merged weight minus base weight; norms and ranks agree with the dense change."""
         policy, base = self.policy(), _weights(self.base())

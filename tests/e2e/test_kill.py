@@ -106,8 +106,8 @@ def never_stopped(tmp_path_factory):
     return result
 
 
-def start(command, folder):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def start(command, folder, **more):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -246,6 +246,27 @@ def test_asked_to_stop(command, never_stopped, tmp_path, by, at, step, status):
     assert "Traceback" not in out
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
     assert go_on(command, tmp_path) == step
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
+
+
+def test_a_time_limit_of_slurm(command, never_stopped, tmp_path):
+    """Its signal comes inside a step: the step is ended and saved, the job is queued again, and goes on by itself."""
+    queue = tmp_path / "bin"
+    queue.mkdir()
+    (queue / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (queue / "scontrol").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+           "SLURM_JOB_NAME": "train", "PATH": f"{queue}:{os.environ['PATH']}"}  # fmt: skip
+    status, out = end(start([*command, *kill("micro", 4, by="SIGUSR1"), "--run", "run"], tmp_path, **job))
+    assert status == 128 + signal.SIGUSR1, out
+    assert "SLURM's SIGUSR1: stopping after this step." in out
+    assert "SLURM job 7 is back in the queue" in out
+    assert "Traceback" not in out
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert not list((tmp_path / "run").glob("hpc*"))  # where Lightning would have saved
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    status, out = end(start([*command, "--run", "run"], tmp_path, **job, SLURM_RESTART_COUNT="1"))
+    assert status == 0, out
     assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 

@@ -123,6 +123,26 @@ def test_two_ranks_equal_one(fit_args, tmp_path):
     assert (tmp_path / "two/adapter/last/adapter_model.safetensors").exists()
 
 
+def test_a_sharded_model_answers(fit_args, rows, tmp_path):
+    """GenerationEval and predict under FSDP2 give the answers of one rank; three questions for two ranks."""
+    more = ["--trainer.callbacks+=GenerationEval", "--trainer.callbacks.max_new_tokens=6"]
+    more += ["--trainer.callbacks.rows", rows, "--trainer.callbacks.num_rows=3", "--trainer.max_steps", "2"]
+    one = [*fit_args, "--data.batch_size", "4"]
+    two = [*fit_args, "--data.batch_size", "2", "--config", "trainer/fsdp", "--trainer.devices", "2"]
+    answers = {}
+    for name, common in (("one", one), ("two", two)):
+        run([*common, *more, "--run", name], tmp_path)
+        predict = ["predict", *common[1:], "--data.predict", rows, "--model.max_new_tokens", "5", "--run", name]
+        assert run(predict, tmp_path).count("12 answers in") == 1
+        samples = [json.loads(line) for line in (tmp_path / name / "samples-rows.jsonl").read_text().splitlines()]
+        answers[name] = (
+            [(s["step"], s["row"], s["answer"]) for s in samples],
+            (tmp_path / name / "predictions.jsonl").read_text(),
+        )
+    assert len(answers["one"][0]) == 6
+    assert answers["one"] == answers["two"]
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(fit_args, tmp_path):
     """Stopped sharded and gone on alone, and the other way round: weights, optimizer and adapter."""
     options = ["--trainer.max_epochs", "2", "--model.lr", "0.01", "--model.schedule", "constant"]

@@ -1,4 +1,3 @@
-import lightning as L
 import pytest
 import torch
 
@@ -8,8 +7,9 @@ from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.forgetting.own_text import BLOCK, own_text
 from ftlit.models.policy import Policy
 from ftlit.peft import Full, LoRA, PromptTuning
-from ftlit.stages import SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
+
+from .stages import disturb, stage_of
 
 PROMPTS = [[3, 40, 41, 42], [3, 50], [3, 60, 61]]
 
@@ -17,27 +17,6 @@ PROMPTS = [[3, 40, 41, 42], [3, 50], [3, 60, 61]]
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "cache"))
-
-
-def stage_of(peft=None, chat=True, seed=0):
-    """A stage as a callback sees it before training."""
-    stage = SFT(policy=tiny_lm(seed=seed), peft=peft or LoRA(rank=2))
-    stage.tokenizer = tiny_tokenizer() if chat else tiny_tokenizer(chat_template=None)
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    stage.trainer = trainer
-    trainer.strategy.connect(stage)
-    stage.configure_model()
-    return stage
-
-
-def disturb(stage):
-    """What training does to the weights."""
-    with torch.no_grad():
-        for parameter in stage.strategy.trained(stage.policy.lm).values():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def never(*args, **kwargs):
@@ -98,7 +77,6 @@ def test_samples_follow_the_start_model():
 @pytest.mark.parametrize("peft", [lambda: LoRA(rank=2), lambda: PromptTuning(num_virtual_tokens=2), Full])
 def test_a_trained_model_still_writes_what_the_start_model_wrote(peft, tmp_path, monkeypatch):
     stage = stage_of(peft())
-    stage.strategy.remember_start(stage.policy.lm)
     if isinstance(stage.strategy, LoRA | Full):
         before = own_text(stage, PROMPTS, 6, max_new_tokens=6)
     else:  # at the start, a prompt adds nothing

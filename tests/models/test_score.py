@@ -72,6 +72,20 @@ def test_a_frozen_head_keeps_no_probabilities():
     assert max(saved) == hidden.numel()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_likeliest_token_is_watched_and_changes_no_gradient(trained):
+    hidden, head, targets, upstream = problem(11, trained=trained, bias=True, softcap=2.0)
+    plain = token_scores(hidden, head, targets, tile_bytes=600)
+    scores = token_scores(hidden, head, targets, watch={"choice"}, tile_bytes=600)
+    assert plain.choice is None
+    logits = hidden @ head.weight.t() + head.bias
+    assert torch.equal(scores.choice, logits.argmax(1))
+    assert torch.equal(scores.correct, scores.choice == targets)
+    (ours,) = torch.autograd.grad((scores.logps * upstream).sum(), [hidden])
+    (theirs,) = torch.autograd.grad((plain.logps * upstream).sum(), [hidden])
+    assert torch.equal(ours, theirs)
+
+
 def test_no_gradient_no_work_kept():
     hidden, head, targets, _ = problem(20)
     with torch.no_grad():

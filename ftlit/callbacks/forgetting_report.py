@@ -1,0 +1,220 @@
+"""What a run learnt and what it lost, as a table and two pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlit.forgetting.drift import OUTSIDE, Drift
+from ftlit.forgetting.probe import TARGET, ForgettingProbe
+
+_PREFIX = "forgetting/"
+_HEADER = ("", "before", "after", "change", "95 % interval", "perplexity", "same choice", "KL", "")
+Values = Mapping[str, float | None]
+Series = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def domains_of(values: Values) -> list[str]:
+    """Names of the sets that a probe measured, the target rows first."""
+    names = [key.split("/")[1] for key in values if key.startswith(_PREFIX) and key.endswith("/nll")]
+    return sorted(names, key=lambda name: name != TARGET)
+
+
+def learnt_and_lost(start: Values, end: Values) -> list[str]:
+    """The table at the end of a run; no line where nothing was measured.
+
+    Args:
+        start: What was measured before training.
+        end: What was measured last.
+    """
+    names = [name for name in domains_of(end) if start.get(f"{_PREFIX}{name}/nll") is not None]
+    if not names:
+        return []
+    rows = [_HEADER, *(_row(name, start, end) for name in names)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(_HEADER))]
+    lines = ["what was learnt and what was lost (nats a token; interval over documents)"]
+    for row in rows:
+        name, *numbers, verdict = row
+        cells = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=False)]
+        lines.append(f"{name:<{max(10, widths[0])}} {'  '.join(cells)}  {verdict}".rstrip())
+    return lines
+
+
+def _row(name: str, start: Values, end: Values) -> tuple[str, ...]:
+    def of(values: Values, key: str) -> float:
+        value = values.get(f"{_PREFIX}{name}/{key}")
+        return math.nan if value is None else value
+
+    change, low, high = (of(end, key) for key in ("change", "change_low", "change_high"))
+    kl = of(end, "kl")
+    return (
+        "the target" if name == TARGET else name,
+        f"{of(start, 'nll'):.4f}",
+        f"{of(end, 'nll'):.4f}",
+        f"{change:+.4f}",
+        f"{low:+.4f} to {high:+.4f}",
+        f"x {of(end, 'ppl_ratio'):.3f}",
+        f"{of(end, 'agreement'):.1%}",
+        "-" if math.isnan(kl) else f"{kl:.4f}",
+        verdict(low, high, learnt=name == TARGET),
+    )
+
+
+def verdict(low: float, high: float, learnt: bool = False) -> str:
+    """The interval of a change of the loss in a word.
+
+    Args:
+        low: Its lower end.
+        high: Its upper end.
+        learnt: Whether the rows are those of the target.
+    """
+    if low > 0:
+        return "worse" if learnt else "forgotten"
+    if high < 0:
+        return "learnt" if learnt else "better"
+    return "no change seen"
+
+
+def notes(probe: ForgettingProbe, seconds: float) -> list[str]:
+    """Lines on the weights and on the cost of measuring.
+
+    Args:
+        probe: The probe.
+        seconds: Length of the run.
+    """
+    lines = [] if probe.drift is None else [f"weights    {_moved(probe.drift)}"]
+    share = probe.seconds / seconds if seconds else 0.0
+    lines.append(f"probe      measured {probe.rounds} times in {probe.seconds:.0f} s, {share:.0%} of the run")
+    return lines
+
+
+def _moved(drift: Drift) -> str:
+    layers = {layer: size for layer, size in drift.layers.items() if layer != OUTSIDE}
+    text = f"moved by {drift.overall:.2%} of their size"
+    if layers:
+        most = max(layers, key=lambda layer: layers[layer])
+        text += f", most in layer {most} ({layers[most]:.2%})"
+    return text
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, series: Series, limit: float | None = None) -> list[Path]:
+    """Draws `forgetting.png` and `learn_forget.png`; none without measurements.
+
+    Args:
+        folder: The run folder.
+        series: Values of each metric by optimizer step.
+        limit: The change that is allowed, nats a token.
+    """
+    changes = {key.split("/")[1]: key for key in series if key.startswith(_PREFIX) and key.endswith("/change")}
+    domains = {name: key for name, key in changes.items() if name not in (TARGET, "worst", "weights")}
+    if not any(len(series[key]) > 1 for key in domains.values()):
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = [_draw_changes(folder, series, domains, limit)]
+    if TARGET in changes and "worst" in changes:
+        drawn.append(_draw_plane(folder, series, limit))
+    return drawn
+
+
+def _draw_changes(folder: Path, series: Series, domains: Mapping[str, str], limit: float | None) -> Path:
+    """Each domain's change over the steps, with its interval."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for mark, (name, key) in zip("os^Dvp*" * len(domains), domains.items(), strict=False):
+        steps, values = zip(*series[key], strict=True)
+        (line,) = axes.plot(steps, values, marker=mark, ms=5, lw=2, label=name, zorder=3)
+        band = _band(series, key)
+        if band:
+            where, low, high = zip(*band, strict=True)
+            axes.fill_between(where, low, high, color=line.get_color(), alpha=0.18, lw=0)
+    _forgetting_axis(axes, limit)
+    axes.set_title(f"{folder.absolute().name}: what is forgotten while it learns")
+    axes.set_xlabel("optimizer step (bands: 95 % intervals over documents)")
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(loc="best")
+    return _saved(figure, folder / "forgetting.png")
+
+
+def _draw_plane(folder: Path, series: Series, limit: float | None) -> Path:
+    """What was learnt against what was lost, one mark a measurement."""
+    from matplotlib import pyplot as plt
+
+    learnt = dict(series[f"{_PREFIX}{TARGET}/change"])
+    worst = dict(series[f"{_PREFIX}worst/change"])
+    band = {step: (low, high) for step, low, high in _band(series, f"{_PREFIX}worst/change")}
+    steps = sorted(learnt.keys() & worst.keys())
+    x, y = [-learnt[step] for step in steps], [worst[step] for step in steps]
+    below = [worst[step] - band.get(step, (worst[step],))[0] for step in steps]
+    above = [band.get(step, (worst[step],))[-1] - worst[step] for step in steps]
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    axes.plot(x, y, color="0.7", lw=1.2, zorder=2)
+    axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor="0.6", lw=1, capsize=2, zorder=2)
+    marks = axes.scatter(x, y, c=steps, cmap="viridis", s=45, zorder=3)
+    for place in _labelled(steps):
+        name = "start" if steps[place] == 0 else f"step {steps[place]}"
+        axes.annotate(name, (x[place], y[place]), xytext=(7, 6), textcoords="offset points", fontsize=9)
+    figure.colorbar(marks, ax=axes, label="optimizer step", pad=0.13)
+    _forgetting_axis(axes, limit)
+    if limit is not None:
+        axes.legend(loc="best")
+    axes.axvline(0, color="0.4", lw=0.8)
+    axes.set_title(f"{folder.absolute().name}: what was learnt against what was lost (best: far right, low)")
+    axes.set_xlabel("learnt: the target's held-out loss fell by (nats a token)")
+    axes.set_ylabel("forgotten: the worst domain's loss rose by (nats a token)")
+    return _saved(figure, folder / "learn_forget.png")
+
+
+def _labelled(steps: Sequence[int]) -> list[int]:
+    """Which marks get a name: the first, the last, and a few between them that lie apart."""
+    last = len(steps) - 1
+    return sorted({0, last, *(last * part // 4 for part in (1, 2, 3))}) if last > 4 else list(range(len(steps)))
+
+
+def _band(series: Series, key: str) -> list[tuple[int, float, float]]:
+    """Step, lower and upper end, where both are known."""
+    low, high = (dict(series.get(f"{key}_{end}", [])) for end in ("low", "high"))
+    return [(step, low[step], high[step]) for step in sorted(low.keys() & high.keys())]
+
+
+def _forgetting_axis(axes: Any, limit: float | None) -> None:
+    """Nats on the left, the same as a change of perplexity on the right, lines at zero and at the limit."""
+    axes.axhline(0, color="0.4", lw=0.8)
+    if limit is not None:
+        name = f"budget: +{limit:.4f} nats, perplexity {math.expm1(limit):+.1%}"
+        axes.axhline(limit, color="tab:red", lw=1.5, ls="--", label=name)
+    axes.set_ylabel("change of the loss (nats a token); above 0 is forgotten")
+    axes.grid(alpha=0.3)
+    right = axes.secondary_yaxis("right", functions=(_percent, _nats))
+    right.set_ylabel("change of perplexity (%)")
+
+
+def _percent(nats: Any) -> Any:
+    import numpy as np
+
+    return 100 * np.expm1(np.clip(nats, None, 50))
+
+
+def _nats(percent: Any) -> Any:
+    import numpy as np
+
+    return np.log1p(np.maximum(percent, -99.999) / 100)
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+__all__ = ["domains_of", "draw", "learnt_and_lost", "notes", "verdict"]

@@ -1,0 +1,380 @@
+"""A budget of forgetting: controls are turned while the model learns, and the end is held to it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+from typing_extensions import override
+
+from ftlit.batch import Example
+from ftlit.data.datamodules import MAIN
+from ftlit.data.store import measure
+from ftlit.errors import ConfigError
+from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.controller import IntegralController
+from ftlit.forgetting.documents import Documents, read_documents
+from ftlit.forgetting.measuring import Measured, Meter
+from ftlit.forgetting.own_text import own_text
+from ftlit.forgetting.probe import ForgettingProbe
+from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
+
+# Texts of the model's own by number: the first steer, these judge, and from `FIRST_OWN` on they are replayed.
+FIRST_VERDICT = FIRST_OWN // 2
+_TARGET = "target"
+_EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
+_SATURATED = 4  # probes in a row with the largest weight and too much forgotten: the budget cannot be met
+_BISECTIONS = 7
+
+
+class ForgettingBudget(ForgettingControl):
+    """Holds what a model forgets below a budget: at most so much more perplexity on the worst domain.
+
+    While training, a small probe of the first documents is measured every few steps, and an `IntegralController` turns
+    the weight of the controls in the loss (of a KL `Replay` of the model's own text, where the run has no control of
+    its own). The loss is divided by 1 and the weights, so that they do not change the size of the step. At the end the
+    weights go back toward the start as far as it takes for the upper 95 % bound on all documents of the first probe to
+    meet the budget, and a **second** set of documents, read once, gives the verdict: met, if its estimate is within the
+    budget. What was kept of the gain on the target is always printed beside: a model that learnt nothing has met every
+    budget.
+
+    Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end
+    `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../kept`.
+
+    Args:
+        max_increase: Largest relative increase of perplexity: 0.02 are 2 %, `ln 1.02` nats a token.
+        domains: What is not to be forgotten, as for `ForgettingProbe`; half of the documents of each steer, half judge.
+            Text that the start model writes itself when left out.
+        controls: Names of the controls to turn; all that are in the loss when left out.
+        documents: Documents of the start model's own in each of the two probes. About 600 are needed to tell 0.005 nats
+            a token.
+        new_tokens: Most tokens of each.
+        steering_documents: How many of the first probe's documents steer.
+        max_tokens: Most tokens of each probe of a domain of rows.
+        probes: How many times to measure over the run, besides three early ones.
+        integral: Gain of the integral part, see `IntegralController`.
+        proportional: Gain of the proportional part.
+        max_weight: Largest factor on the controls' own weights.
+        project: Whether to go back toward the start at the end if that is needed.
+        seed: Seed of the texts and of the bootstrap.
+        name: What it is called in the log.
+
+    Raises:
+        ConfigError: If a number is out of range, or there is nothing to turn.
+    """
+
+    in_loss: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        max_increase: float = 0.02,
+        domains: dict[str, str] | None = None,
+        controls: list[str] | None = None,
+        documents: int = 600,
+        new_tokens: int = 96,
+        steering_documents: int = 64,
+        max_tokens: int = 32768,
+        probes: int = 30,
+        integral: float = 0.5,
+        proportional: float = 1.0,
+        max_weight: float = 20.0,
+        project: bool = True,
+        seed: int = 0,
+        name: str = "budget",
+    ) -> None:
+        super().__init__(0.0, name)
+        if not 0 < max_increase <= 10:
+            raise ConfigError(f"ForgettingBudget.max_increase must be in (0, 10], such as 0.02, got {max_increase}.")
+        for key, value, least in (
+            ("documents", documents, 10),
+            ("new_tokens", new_tokens, 2),
+            ("steering_documents", steering_documents, 2),
+            ("max_tokens", max_tokens, 2),
+            ("probes", probes, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"ForgettingBudget.{key} must be at least {least}, got {value}.")
+        self.max_increase, self.limit = max_increase, math.log1p(max_increase)
+        self.domains = {"own": OWN} if domains is None else dict(domains)
+        if not self.domains:
+            raise ConfigError("ForgettingBudget.domains is empty: name at least one, such as {own: self}.")
+        self.names, self.documents, self.new_tokens = controls, documents, new_tokens
+        self.steering_documents, self.max_tokens, self.probes = steering_documents, max_tokens, probes
+        self.project, self.seed = project, seed
+        self.controller = IntegralController(self.limit, integral, proportional, max_weight, min(1.0, max_weight))
+        self.lowest = self.highest = self.controller.weight
+        self.seconds, self.began = 0.0, 0.0
+        self.outcome: dict[str, float] = {}
+        self.infeasible_at: int | None = None
+        self._given: dict[str, float] = {}
+        self._meters: dict[str, Meter] = {}
+
+    # ---- before ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def default_controls(callbacks: Sequence[Any]) -> list[ForgettingControl]:
+        """What a run with a budget gets where it has none of its own: KL replay of its own text, and a probe to see."""
+        budgets = [one for one in callbacks if isinstance(one, ForgettingBudget)]
+        if not budgets:
+            return []
+        probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
+        turned = any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
+        added: list[ForgettingControl] = [] if turned else [Replay()]
+        return added if probed else [*added, ForgettingProbe(dict(budgets[0].domains))]
+
+    def turned(self, stage: Stage) -> list[ForgettingControl]:
+        """The controls whose weights it turns."""
+        return [
+            control
+            for control in stage.controls
+            if (control.in_loss if self.names is None else control.name in self.names)
+        ]
+
+    @override
+    def refuse(self, stage: Stage) -> str | None:
+        if sum(isinstance(control, ForgettingBudget) for control in stage.controls) > 1:
+            return "a run has one budget; give its domains to one."
+        known = [control.name for control in stage.controls if control is not self]
+        unknown = [name for name in self.names or [] if name not in known]
+        if unknown:
+            return f"no control of this run is called {unknown[0]!r}; there are {', '.join(known) or 'none'}."
+        return None
+
+    @override
+    def prepare(self, stage: Stage) -> None:
+        if self._meters:
+            return
+        assert stage.policy is not None
+        stage.strategy.remember_start(stage.policy.lm)
+        first: dict[str, Documents] = {}
+        second: dict[str, Documents] = {}
+        for name, rows in self.domains.items():
+            first[name], second[name] = self._documents(stage, rows)
+        room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
+        steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
+        target = self._target_documents(stage.trainer.datamodule)
+        sets = {"steering": steering, "first": first, "second": second, _TARGET: {_TARGET: target}}
+        for key, documents in sets.items():
+            self._meters[key] = Meter(documents, room, seed=self.seed)
+            self._meters[key].prepare(stage.trainer, stage)
+        for control in stage.controls:
+            if isinstance(control, ForgettingProbe):
+                control.limit = self.limit  # its pictures show it
+        for control in self.turned(stage):
+            self._given[control.name] = control.weight or 1.0
+            control.normalised = True
+        self._turn(stage)
+
+    def _documents(self, stage: Stage, rows: str) -> tuple[Documents, Documents]:
+        """Two disjoint sets."""
+        if rows == OWN:
+            first, second = (
+                own_text(stage, None, self.documents, max_new_tokens=self.new_tokens, seed=self.seed, skip=skip)
+                for skip in (0, FIRST_VERDICT)
+            )
+            return Documents(first), Documents(second)
+        data: Any = stage.trainer.datamodule
+        both, _ = read_documents(
+            data,
+            rows,
+            max_tokens=2 * self.max_tokens,
+            max_length=getattr(data, "max_length", 1024),
+            seed=self.seed,
+            quiet=not stage.trainer.is_global_zero,
+        )
+        return _halves(both)
+
+    def _target_documents(self, data: Any) -> Documents:
+        """Some of the run's own validation rows, or without any, of its training rows."""
+        names = getattr(data, "validation_names", [])
+        name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
+        examples: Sequence[Example] = data.sets[name]
+        most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
+        return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
+
+    @override
+    def describe(self) -> str:
+        names = ", ".join(self._given) or "nothing"
+        what = ", ".join(f"{name} ({rows})" for name, rows in self.domains.items())
+        count = len(next(iter(self._meters["second"].sets.values())).examples)
+        return (
+            f"{self.name}: perplexity may rise by {self.max_increase:.1%} ({self.limit:.4f} nats a token) on {what}, "
+            f"{count:,} texts judge; turns {names}"
+        )
+
+    # ---- while training -------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """Starts its clock."""
+        self.began = time.perf_counter()
+        self._turn(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures and turns; after the last step, ends."""
+        step, last = trainer.global_step, pl_module.planned_steps
+        if step >= last:
+            self._finish(trainer, pl_module)
+            return
+        every = max(1, last // self.probes)
+        if step % every and not (step in _EARLY and step < every):
+            return
+        worst = self._worst(self._measured("steering", trainer, pl_module))
+        weight = self.controller.update(worst.change)
+        self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
+        self._turn(pl_module)
+        self._log(trainer, {"change": worst.change, "limit": self.limit, "weight": weight})
+        if self.controller.saturated == _SATURATED and self.infeasible_at is None:
+            self.infeasible_at = step
+            self._say(
+                trainer,
+                f"budget     cannot be met as things are: with the largest weight ({self.controller.most:g}) the "
+                f"perplexity is still {math.expm1(worst.change):+.1%} after step {step}; lower model.lr, raise the "
+                "ratio of replay or the budget"
+                + ("; at the end the weights will be taken back toward the start" if self.project else ""),
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """Ends a run that was stopped early."""
+        if trainer.global_step and not self.outcome:
+            self._finish(trainer, pl_module)
+
+    def _turn(self, stage: Stage) -> None:
+        for control in self.turned(stage):
+            control.weight = self.controller.weight * self._given[control.name]
+
+    def _measured(self, key: str, trainer: L.Trainer, stage: Stage) -> dict[str, Measured]:
+        began = time.perf_counter()
+        found = self._meters[key].measure(trainer, stage)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    @staticmethod
+    def _worst(measured: dict[str, Measured]) -> Measured:
+        return max(measured.values(), key=lambda one: one.change)
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def _finish(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Takes the weights back as far as it takes, reads the second probe, and says how it ended."""
+        gain = -self._measured(_TARGET, trainer, stage)[_TARGET].change
+        alpha, kept = 1.0, gain
+        assert stage.policy is not None
+        if self.project and stage.strategy.not_between(stage.policy.lm) is None:
+            alpha = self._alpha(trainer, stage)
+            if alpha < 1:
+                stage.strategy.interpolate(stage.policy.lm, alpha)
+                kept = -self._measured(_TARGET, trainer, stage)[_TARGET].change
+        verdict = self._worst(self._measured("second", trainer, stage))
+        share = kept / gain if gain > 0 else 1.0
+        self.outcome = {
+            "alpha": alpha,
+            "verdict": verdict.change,
+            "verdict_low": verdict.low,
+            "verdict_high": verdict.high,
+            "gain": gain,
+            "kept": share,
+            "met": float(verdict.change <= self.limit),
+        }
+        self._log(trainer, self.outcome)
+        self._say(trainer, f"budget     {self.line(trainer)}")
+
+    def _alpha(self, trainer: L.Trainer, stage: Stage) -> float:
+        """The largest share of the way from the start whose upper bound on the first probe meets the budget."""
+        assert stage.policy is not None
+
+        def within() -> bool:
+            measured = self._measured("first", trainer, stage)
+            return all(one.upper() <= self.limit for one in measured.values())
+
+        if within():
+            return 1.0
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            with stage.strategy.at(stage.policy.lm, middle):
+                met = within()
+            low, high = (middle, high) if met else (low, middle)
+        return low
+
+    def line(self, trainer: L.Trainer) -> str:
+        """How it ended, in one line."""
+        got = self.outcome
+        percent = [f"{math.expm1(got[key]):+.1%}" for key in ("verdict", "verdict_low", "verdict_high")]
+        texts = len(next(iter(self._meters["second"].sets.values())).examples)
+        words = [
+            f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
+            f"[{percent[1]}, {percent[2]}] on {texts:,} texts not used before",
+            f"the weights went {got['alpha']:.0%} of the way from the start and kept {got['kept']:.0%} of what was "
+            f"learnt ({got['gain'] * got['kept']:.3f} of {got['gain']:.3f} nats a token)",
+        ]
+        if self._given:
+            words.append(f"weight of {', '.join(self._given)} {self.lowest:.2g} to {self.highest:.2g}")
+        spent = time.perf_counter() - self.began
+        words.append(f"measuring took {self.seconds / max(spent, 1e-9):.0%} of the run")
+        return "; ".join(words)
+
+    def _log(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            named = {f"forgetting/{self.name}/{key}": value for key, value in values.items()}
+            logger.log_metrics(named, step=trainer.global_step)
+
+    @staticmethod
+    def _say(trainer: L.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            print(text, flush=True)
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "controller": self.controller.state_dict(),
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "seconds": self.seconds,
+            "outcome": dict(self.outcome),
+            "infeasible_at": self.infeasible_at,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.controller.load_state_dict(state_dict["controller"])
+        for name in ("lowest", "highest", "seconds", "infeasible_at"):
+            setattr(self, name, state_dict[name])
+        self.outcome = dict(state_dict["outcome"])
+
+
+def _some(documents: Documents, most: int) -> Documents:
+    """The first documents."""
+    owners = documents.owners
+    if owners is None:
+        return Documents([documents.examples[i] for i in range(min(most, len(documents.examples)))])
+    first = list(dict.fromkeys(owners.tolist()))[:most]
+    return _chosen(documents, [i for i, owner in enumerate(owners.tolist()) if owner in set(first)])
+
+
+def _halves(documents: Documents) -> tuple[Documents, Documents]:
+    """Every other document in each."""
+    count = len(documents.examples)
+    owners = list(range(count)) if documents.owners is None else documents.owners.tolist()
+    number = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
+    if len(number) < 4:
+        raise ConfigError(f"ForgettingBudget needs at least 4 documents of each domain to judge by, got {len(number)}.")
+    sides = [[i for i, owner in enumerate(owners) if number[owner] % 2 == side] for side in (0, 1)]
+    return _chosen(documents, sides[0]), _chosen(documents, sides[1])
+
+
+def _chosen(documents: Documents, places: list[int]) -> Documents:
+    owners = None if documents.owners is None else documents.owners[places]
+    return Documents([documents.examples[i] for i in places], owners)
+
+
+__all__ = ["ForgettingBudget"]

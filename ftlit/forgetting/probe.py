@@ -1,0 +1,332 @@
+"""Measures, while a model learns, what it forgets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+import numpy as np
+from typing_extensions import override
+
+from ftlit.batch import Example
+from ftlit.data.datamodules import MAIN
+from ftlit.data.store import measure
+from ftlit.errors import ConfigError
+from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.documents import Documents, read_documents
+from ftlit.forgetting.drift import OUTSIDE, Drift, drift, start_norms
+from ftlit.forgetting.measuring import Measured, Meter
+from ftlit.forgetting.own_text import own_text
+
+if TYPE_CHECKING:
+    from ftlit.stages.base import Stage
+
+OWN = "self"
+TARGET = "target"
+_TAKEN = ("worst", "weights", TARGET)
+
+
+class ForgettingProbe(ForgettingControl):
+    """Scores held-out text with the start model, once, and with the present one while it learns.
+
+    Logged for each domain, as `forgetting/DOMAIN/...`: `nll` (nats a token), `change` since the start (nats a token;
+    above 0 is forgotten) with its 95 % interval `change_low`, `change_high` (a bootstrap over documents), `ppl_ratio`
+    (perplexity now over perplexity at the start), `kl` (mean KL(start || now), nats a token), `agreement` (share of
+    tokens whose likeliest choice is that of the start). Over all: `forgetting/worst/change` of the domain that lost
+    most; `forgetting/weights/change`, the relative change of the weights; and the same as for a domain as
+    `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
+    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259). `ftlit fit` ends with a table and two pictures of them.
+
+    It only looks: training is bitwise the same with and without. Ranks share the documents.
+
+    Args:
+        domains: Documents by name: a file, a folder, a hub id, `sample:NAME`, or `self` for text that the start model
+            writes itself. Of a conversation the answers are scored, of raw text every token. Left out, the 150 general
+            questions that ship with ftlit: enough to tell a change of about 0.02 nats a token; give a few hundred
+            documents of what you want to keep for a finer one.
+        max_tokens: Most tokens of a domain, prompts included: the cost of a probe is a forward pass over them. Of more,
+            whole documents are chosen at random.
+        at_steps: Optimizer steps to measure after, such as `[2, 5, 10]`: forgetting is fastest early.
+        every_n_steps: Also every so many optimizer steps.
+        at_validations: Whether to measure with each validation.
+        at_end: Whether to measure after the last step.
+        kl: Whether to measure KL too, which runs the start model beside the present one.
+        own_rows: How many texts the start model writes for `self`; made once and kept on disk.
+        own_new_tokens: Most tokens of each of its answers.
+        batch_tokens: Most tokens scored at once: bounds memory; `data.max_tokens` when left out.
+        seed: Seed of the choice of documents, of the texts and of the bootstrap.
+        name: What it is called, where there are several.
+
+    Raises:
+        ConfigError: If a number is out of range, or a domain has a name that is taken.
+    """
+
+    in_loss: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        domains: dict[str, str] | None = None,
+        max_tokens: int = 16384,
+        at_steps: list[int] | None = None,
+        every_n_steps: int | None = None,
+        at_validations: bool = True,
+        at_end: bool = True,
+        kl: bool = True,
+        own_rows: int = 128,
+        own_new_tokens: int = 128,
+        batch_tokens: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(0.0, name)
+        for key, value, least in (
+            ("max_tokens", max_tokens, 2),
+            ("every_n_steps", every_n_steps, 1),
+            ("at_steps", min(at_steps or [1]), 1),
+            ("own_rows", own_rows, 1),
+            ("own_new_tokens", own_new_tokens, 2),
+            ("batch_tokens", batch_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"ForgettingProbe.{key} must be at least {least}, got {value}.")
+        self.domains = {"general": "sample:general"} if domains is None else dict(domains)
+        if not self.domains:
+            raise ConfigError("ForgettingProbe.domains is empty: name at least one, such as {general: sample:general}.")
+        for domain in self.domains:
+            if domain in _TAKEN or not domain or "/" in domain:
+                raise ConfigError(
+                    f"ForgettingProbe cannot call a domain {domain!r}: {', '.join(_TAKEN)} are taken, and a name "
+                    "has no slash; call it otherwise."
+                )
+        self.max_tokens, self.at_steps, self.every_n_steps = max_tokens, sorted(at_steps or []), every_n_steps
+        self.at_validations, self.at_end, self.with_kl = at_validations, at_end, kl
+        self.own_rows, self.own_new_tokens, self.batch_tokens = own_rows, own_new_tokens, batch_tokens
+        self.seed = seed
+        self.limit: float | None = None
+        """The change that is allowed, nats a token, where there is a budget: the pictures show it."""
+        self.measured: dict[str, Measured] = {}
+        self.drift: Drift | None = None
+        self.start_values: dict[str, float] = {}
+        self.last_values: dict[str, float] = {}
+        self.seconds, self.start_seconds, self.rounds = 0.0, 0.0, 0
+        self._last_step: int | None = None
+        self._meter: Meter | None = None
+        self._norms: dict[int, float] = {}
+        self._words: dict[str, str] = {}
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """The relative change of the weights of each layer, as last measured."""
+        found = {} if self.drift is None else self.drift.layers
+        return {"outside" if layer == OUTSIDE else str(layer): size for layer, size in found.items()}
+
+    # ---- the start ------------------------------------------------------------------------------------------------
+
+    @override
+    def prepare(self, stage: Stage) -> None:
+        """Reads the documents and scores the start model on them."""
+        if self._meter is not None:
+            return
+        began = time.perf_counter()
+        trainer = stage.trainer
+        assert stage.policy is not None
+        stage.strategy.remember_start(stage.policy.lm)
+        data: Any = trainer.datamodule
+        sets = {name: self._documents(stage, data, rows, name) for name, rows in self.domains.items()}
+        if (target := self._target(data)) is not None:
+            sets[TARGET] = target
+        room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
+        self._meter = Meter(sets, room, seed=self.seed)
+        self._meter.prepare(trainer, stage)
+        self._norms = start_norms(stage.policy.lm, stage.strategy)
+        self.start_seconds = time.perf_counter() - began
+
+    def _documents(self, stage: Stage, data: Any, rows: str, name: str) -> Documents:
+        if rows != OWN:
+            documents, self._words[name] = read_documents(
+                data,
+                rows,
+                max_tokens=self.max_tokens,
+                max_length=getattr(data, "max_length", 1024),
+                seed=self.seed,
+                quiet=not stage.trainer.is_global_zero,
+            )
+            return documents
+        texts = own_text(stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed)
+        documents = _first(texts, self.max_tokens)
+        tokens = int(measure(documents.examples).targets.sum())
+        self._words[name] = f"{len(documents.examples):,} of its own texts, {tokens:,} scored tokens"
+        return documents
+
+    def _target(self, data: Any) -> Documents | None:
+        """A few of the run's own validation rows; None without any."""
+        names = getattr(data, "validation_names", [])
+        if not names:
+            return None
+        name = MAIN if MAIN in names else names[0]
+        return _first(data.sets[f"validation:{name}"], self.max_tokens // 4)
+
+    @override
+    def describe(self) -> str:
+        when = [f"at steps {', '.join(map(str, self.at_steps))}"] if self.at_steps else []
+        when += [f"every {self.every_n_steps} steps"] if self.every_n_steps else []
+        when += ["at validations"] if self.at_validations else []
+        when += ["at the end"] if self.at_end else []
+        what = "; ".join(f"{name} ({self.domains[name]}): {words}" for name, words in self._words.items())
+        return f"{self.name}: {what}; measured {' and '.join([', '.join(when[:-1]), when[-1]] if when[1:] else when)}"
+
+    # ---- when -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """Where the run starts from: by definition nothing is forgotten yet."""
+        if trainer.global_step == 0:
+            self.start_values = self._start_values()
+            _to_loggers(trainer, self.start_values)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At chosen optimizer steps."""
+        step = trainer.global_step
+        if step in self.at_steps or (self.every_n_steps and step % self.every_n_steps == 0):
+            self.observe(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """At validations: logged like their losses, so that checkpoints and early stopping can watch it."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        known = self._last_step == trainer.global_step
+        last = self.at_end and trainer.global_step >= pl_module.planned_steps
+        if not (known or last or self.at_validations):
+            return
+        values = self.last_values if known else self._round(trainer, pl_module)
+        for key, value in values.items():
+            # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
+            pl_module.log(key, value, logger=not known, sync_dist=trainer.world_size > 1, batch_size=1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """At the end, where no validation was."""
+        if self.at_end and trainer.global_step and self._last_step != trainer.global_step:
+            self.observe(trainer, pl_module)
+
+    # ---- a round --------------------------------------------------------------------------------------------------
+
+    def measure(
+        self, trainer: L.Trainer, stage: Stage, kl: bool = False, domains: Sequence[str] | None = None
+    ) -> dict[str, Measured]:
+        """Measures the model as it is, without logging; all ranks must call, all get the same.
+
+        Args:
+            trainer: The trainer.
+            stage: The stage.
+            kl: Whether to compute KL too.
+            domains: The domains to measure; all when left out.
+        """
+        assert self._meter is not None
+        began = time.perf_counter()
+        found = self._meter.measure(trainer, stage, kl, list(self.domains) if domains is None else domains)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def observe(self, trainer: L.Trainer, stage: Stage) -> dict[str, Measured]:
+        """Measures the model as it is and logs it at the present step; whoever changes the weights afterwards calls it.
+
+        Args:
+            trainer: The trainer.
+            stage: The stage.
+        """
+        _to_loggers(trainer, self._round(trainer, stage))
+        return self.measured
+
+    def _round(self, trainer: L.Trainer, stage: Stage) -> dict[str, float]:
+        """Measures, keeps, shows; the values are the same on all ranks."""
+        assert self._meter is not None
+        assert stage.policy is not None
+        began = time.perf_counter()
+        found = self.measure(trainer, stage, self.with_kl, list(self._meter.sets))
+        self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
+        self.measured = {name: found[name] for name in self.domains}
+        self.last_values = _values(self.measured, found.get(TARGET), self.drift)
+        self._last_step = trainer.global_step
+        self.rounds += 1
+        if trainer.is_global_zero:
+            print(self._line(trainer.global_step, time.perf_counter() - began), flush=True)
+        return self.last_values
+
+    def _start_values(self) -> dict[str, float]:
+        assert self._meter is not None
+        values: dict[str, float] = {}
+        for name, nll in self._meter.start_nll().items():
+            none = {
+                "nll": nll,
+                "change": 0.0,
+                "change_low": 0.0,
+                "change_high": 0.0,
+                "ppl_ratio": 1.0,
+                "agreement": 1.0,
+            }
+            none |= {"kl": 0.0} if self.with_kl else {}
+            values |= {f"forgetting/{name}/{key}": value for key, value in none.items()}
+        return values | {f"forgetting/worst/{key}": 0.0 for key in ("change", "change_low", "change_high")}
+
+    def _line(self, step: int, seconds: float) -> str:
+        parts = [
+            f"{name} {one.change:+.4f} [{one.low:+.4f}, {one.high:+.4f}] (perplexity x {one.perplexity_ratio:.3f})"
+            for name, one in self.measured.items()
+        ]
+        return f"step {step}: forgotten, nats a token: {'; '.join(parts)} ({seconds:.1f} s)"
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "start": self.start_values,
+            "last": self.last_values,
+            "last_step": self._last_step,
+            "seconds": self.seconds,
+            "rounds": self.rounds,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.start_values, self.last_values = dict(state_dict["start"]), dict(state_dict["last"])
+        self._last_step = state_dict["last_step"]
+        self.seconds, self.rounds = state_dict["seconds"], state_dict["rounds"]
+
+
+def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift | None) -> dict[str, float]:
+    """What is logged of a round."""
+    values: dict[str, float] = {}
+    for name, one in {**measured, **({} if target is None else {TARGET: target})}.items():
+        known = {
+            "nll": one.nll,
+            "change": one.change,
+            "change_low": one.low,
+            "change_high": one.high,
+            "ppl_ratio": one.perplexity_ratio,
+            "agreement": one.agreement,
+        }
+        known |= {} if one.kl is None else {"kl": one.kl}
+        values |= {f"forgetting/{name}/{key}": value for key, value in known.items()}
+    worst = max(measured.values(), key=lambda one: one.change)
+    ends = {"change": worst.change, "change_low": worst.low, "change_high": worst.high}
+    values |= {f"forgetting/worst/{key}": value for key, value in ends.items()}
+    return values if moved is None else {**values, "forgetting/weights/change": moved.overall}
+
+
+def _first(examples: Sequence[Example], max_tokens: int) -> Documents:
+    """The first examples that hold together at most so many tokens; one at least."""
+    upto = np.cumsum(measure(examples).lengths)
+    count = max(1, int(np.searchsorted(upto, max_tokens, side="right")))
+    return Documents([examples[i] for i in range(count)])
+
+
+def _to_loggers(trainer: L.Trainer, values: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+__all__ = ["OWN", "TARGET", "ForgettingProbe"]

@@ -1,0 +1,82 @@
+"""The controller: what it does to a plant that forgets, and its corners."""
+
+import math
+
+import pytest
+
+from ftlit.errors import ConfigError
+from ftlit.forgetting.controller import IntegralController
+
+
+def settle(controller, forgets, steps=200):
+    """A plant whose forgetting goes half the way to `forgets / (1 + weight)` between two measurements."""
+    value, values = 0.0, []
+    for _ in range(steps):
+        value += 0.5 * (forgets / (1 + controller.weight) - value)
+        controller.update(value)
+        values.append(value)
+    return values
+
+
+@pytest.mark.parametrize("forgets", [0.05, 0.1, 0.3])
+def test_settles_at_the_limit(forgets):
+    controller = IntegralController(0.02)
+    values = settle(controller, forgets)
+    assert values[-1] == pytest.approx(0.02, rel=0.02)
+    assert controller.weight == pytest.approx(forgets / 0.02 - 1, rel=0.05)
+    assert controller.saturated == 0
+
+
+def test_falls_to_zero_where_there_is_slack():
+    controller = IntegralController(0.02)
+    settle(controller, 0.01, 30)
+    assert controller.weight == 0
+    assert controller.sum == 0
+
+
+def test_slack_is_not_paid_back():
+    """After a long slack the weight answers the first excess at once."""
+    controller = IntegralController(0.02)
+    for _ in range(100):
+        controller.update(0.0)
+    controller.update(0.2)
+    assert controller.weight > 1
+
+
+def test_says_when_it_is_at_its_end():
+    controller = IntegralController(0.02, most=3.0)
+    settle(controller, 1.0, 10)
+    assert controller.weight == 3.0
+    assert controller.saturated >= 4
+    settle(controller, 0.03, 60)
+    assert controller.saturated == 0
+
+
+def test_first_measurements_by_hand():
+    controller = IntegralController(0.1, integral=0.5, proportional=1.0, first=1.0)
+    assert controller.update(0.15) == pytest.approx(1 + 0.25 + 0.5)
+    assert controller.update(1.0) == pytest.approx(1.25 + 1.5 + (0.5 + 3) / 2)  # the error is clipped at 3
+    assert controller.update(0.0) == pytest.approx(2.75 - 0.5 + (1.75 - 1) / 2)
+
+
+def test_goes_on_from_its_state():
+    first, second = IntegralController(0.02), IntegralController(0.02)
+    settle(first, 0.1, 7)
+    second.load_state_dict(first.state_dict())
+    assert all(isinstance(value, int | float) for value in first.state_dict().values())
+    assert [first.update(x) for x in (0.03, 0.01)] == [second.update(x) for x in (0.03, 0.01)]
+
+
+def test_noise_of_a_fifth_of_the_budget_leaves_the_mean_at_the_limit():
+    controller, value, values = IntegralController(0.02), 0.0, []
+    for step in range(400):
+        value += 0.5 * (0.1 / (1 + controller.weight) - value)
+        controller.update(value + 0.004 * math.sqrt(2) * math.sin(2.4 * step))
+        values.append(value)
+    assert sum(values[100:]) / 300 == pytest.approx(0.02, rel=0.1)
+
+
+def test_numbers_out_of_range():
+    for options in ({"limit": 0.0}, {"limit": 1.0, "most": 0.0}, {"limit": 1.0, "first": 30.0}):
+        with pytest.raises(ConfigError, match="controller needs"):
+            IntegralController(**options)
