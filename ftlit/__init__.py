@@ -12,6 +12,8 @@ _HOMES = {
     "SFT": "ftlit.stages.sft",
     "Stage": "ftlit.stages.base",
     "SFTData": "ftlit.data.datamodules",
+    "PPO": "ftlit.stages.ppo",
+    "PromptData": "ftlit.data.prompts",
     "PEFTStrategy": "ftlit.peft.base",
     "Full": "ftlit.peft.full",
     "LoRA": "ftlit.peft.lora",

@@ -28,19 +28,26 @@ class PromptRow(NamedTuple):
         messages: Its turns.
         reference: The answer that the row holds as its last assistant turn, or None.
         columns: The row's own columns.
-        where: File and row.
+        source: Where the row comes from.
+        number: Its number there.
     """
 
     input_ids: list[int]
     messages: tuple[Message, ...]
     reference: str | None
     columns: Mapping[str, Any]
-    where: str
+    source: Source
+    number: int
 
     @property
     def turns(self) -> list[dict[str, Any]]:
         """The turns as the chat APIs write them."""
         return [message.turn() for message in self.messages]
+
+    @property
+    def where(self) -> str:
+        """File and row."""
+        return self.source.where(self.number)
 
 
 class PromptOrder:
@@ -213,6 +220,12 @@ class PromptData(SFTData):
             if isinstance(file, str) and f"validation:{name}" not in self.rows:
                 self._keep(f"validation:{name}", f"validation ({name})", self._read("validation", [file]))
 
+    @override
+    def held_out(self, name: str) -> list[tuple[Source, int, Record]]:
+        self.load_train()
+        rows = self.rows[f"validation:{name}"]
+        return [(row.source, row.number, self._record(row.source, row.number)) for row in rows]
+
     def _read(self, what: str, files: Sequence[str | None]) -> list[PromptRow]:
         """The rows of some files as prompts, of any length."""
         found: list[PromptRow] = []
@@ -235,7 +248,7 @@ class PromptData(SFTData):
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        return PromptRow(ids, messages, reference, columns, source.where(index))
+        return PromptRow(ids, messages, reference, columns, source, index)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:
         """Makes a set of the rows that are short enough, and counts it."""
