@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from ftlit.batch import Example
 from ftlit.data.datamodules import SFTData, as_conversation
 from ftlit.data.formats import Completion, Conversation, Message, Record, RowFormat
 from ftlit.data.sources import Source
@@ -269,8 +270,22 @@ class PromptData(SFTData):
             )
         self.lines[key] = "; ".join([line, *notes])
         self.rows[key] = kept
-        lengths_only: Any = kept
-        self.sets[key] = lengths_only  # for who asks for the lengths of the training rows
+        if key == "train":
+            lengths_only: Any = kept
+            self.sets[key] = lengths_only  # for who asks for the lengths of the training rows
+        elif known := [example for row in kept for example in self._answered(row)]:
+            self.sets[key] = known  # for who measures the target domain by its answers
+
+    def _answered(self, row: PromptRow) -> list[Example]:
+        """A prompt with the answer of its row, as training would see it; nothing without one."""
+        record = row.source.answered(row.number)
+        if record is None or row.reference is None:
+            return []
+        with row.source.at(row.number):
+            made = self.template.encode(self._changed(row.source, record))
+        return [
+            example for example in made[-1:] if example.num_targets > 0 and len(example.input_ids) <= self.max_length
+        ]
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 
