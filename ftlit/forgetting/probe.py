@@ -166,7 +166,8 @@ class ForgettingProbe(ForgettingControl):
         if not names:
             return None
         name = MAIN if MAIN in names else names[0]
-        return _first(data.sets[f"validation:{name}"], self.max_tokens // 4)
+        examples = data.sets.get(f"validation:{name}")  # prompts without answers have none
+        return None if examples is None else _first(examples, self.max_tokens // 4)
 
     @override
     def describe(self) -> str:

@@ -78,7 +78,7 @@ def test_earlier_answers_stay_and_placeholders_are_filled(tmp_path):
 
 
 def many(count):
-    return [{"messages": [{"role": "user", "content": "x" * (number + 1)}]} for number in range(count)]
+    return [{"messages": [{"role": "user", "content": "x" * (2 * number + 1)}]} for number in range(count)]
 
 
 def test_a_share_is_held_out_and_the_long_are_counted(tmp_path):
