@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
@@ -27,7 +28,8 @@ class SaveCheckpoint(ModelCheckpoint):
     Args:
         every_n_steps: Also save `last.ckpt` every so many optimizer steps; None: at the end of each validation (of each
             epoch, without validation rows).
-        monitor: Validation metric, smaller is better.
+        monitor: Validation metric, smaller is better; left as it is, a stage may have one of its own (PPO keeps the
+            largest `val/reward`).
         save_best: Whether to keep the best.
         keep_previous: Whether to keep the last but one: what a run goes on from should the last be damaged.
 
@@ -58,6 +60,8 @@ class SaveCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.monitor == DEFAULT and getattr(pl_module, "best_by", (DEFAULT, "min"))[1] == "max":
+            self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
         self.monitor: Any = None if self.monitor is None else watched(trainer, self.monitor)
         if self.monitor is None:  # nothing is validated: there is no best, only a last
             self.save_top_k = 0

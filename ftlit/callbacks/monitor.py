@@ -17,11 +17,13 @@ def watched(trainer: L.Trainer, monitor: str) -> str | None:
         monitor: The metric as it was configured.
 
     Returns:
-        None where nothing is validated; where the default is wanted and no set bears its name, the first set's loss.
+        None where nothing is validated; where the default is wanted, what the stage says is best by, of the first set
+        if none bears the main name.
     """
     names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
     if names is not None and not names:
         return None
-    if names and monitor == DEFAULT and MAIN not in names:
-        return f"val/{names[0]}/loss"
-    return monitor
+    if monitor != DEFAULT:
+        return monitor
+    place, _, key = getattr(trainer.lightning_module, "best_by", (DEFAULT, "min"))[0].rpartition("/")
+    return f"{place}/{names[0]}/{key}" if names and MAIN not in names else f"{place}/{key}"

@@ -57,7 +57,7 @@ class Policy(nn.Module):
 
         Args:
             batch: The micro-batch as the loader made it.
-            needs: Further scores with their gradients (`entropy`, `mean_logps`).
+            needs: Further scores with their gradients (`entropy`, `mean_logps`), or `states`.
             watch: Further scores without gradients.
             kl: For some sources of rows the temperature of the divergence from the model at the start of the run to the
                 present one; it costs a pass of the start model over their rows.
@@ -71,6 +71,8 @@ class Policy(nn.Module):
         wanted = {source: temperature for source, temperature in (kl or {}).items() if source in batch.sources}
         hidden = self.hidden(batch)
         scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch)
+        if "states" in needs:
+            scores = scores._replace(states=hidden)
         if kl is None:
             return scores
         divergences = torch.zeros_like(scores.logps)
@@ -86,7 +88,7 @@ class Policy(nn.Module):
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
-        if self.longest is not None and max(batch.segments.lengths) > self.longest:
+        if self.longest is not None and batch.segments.longest > self.longest:
             raise ConfigError(
                 f"{type(self.lm).__name__} scales its positions by the longest example of a row beyond {self.longest} "
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."
@@ -210,6 +212,17 @@ def has_dropout(lm: nn.Module) -> bool:
     """Whether a module drops anything at random while training."""
     chances = [getattr(module, name, 0.0) for module in lm.modules() for name in ("p", "dropout", "attention_dropout")]
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+
+def disable_dropout(policy: Policy) -> bool:
+    """Sets every chance of dropping something to 0; returns whether one was not."""
+    found = has_dropout(policy)
+    for module in policy.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    policy.draws = False
+    return found
 
 
 def recompute_activations(lm: PreTrainedModel) -> None:

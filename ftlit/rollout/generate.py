@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,10 +31,17 @@ class Answer(NamedTuple):
     Attributes:
         tokens: Its tokens, without the end token.
         ended: Whether the model ended it; False where `max_new_tokens` did.
+        end: The end token that it ended with; None where it did not.
     """
 
     tokens: list[int]
     ended: bool
+    end: int | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        """Every token that the model drew, the end token included."""
+        return self.tokens if self.end is None else [*self.tokens, self.end]
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,6 +103,8 @@ def answer(
     batch_size: int | None = None,
     max_tokens: int = 16384,
     seeds: Sequence[int] | None = None,
+    num_answers: int = 1,
+    done: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers prompts in batches of similar length, the longest first.
 
@@ -108,12 +117,14 @@ def answer(
         temperature: 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
         streamer: A transformers streamer, for one prompt.
-        batch_size: Most prompts in a batch; None: as many as `max_tokens` allows.
+        batch_size: Most answers in a batch (but all to one prompt); None: as many as `max_tokens` allows.
         max_tokens: Most places of a batch (prompts with padding, and room for the answers): bounds memory.
-        seeds: Seed of each prompt's samples; drawn from torch's global generator when left out.
+        seeds: Seed of each answer's samples; drawn from torch's global generator when left out.
+        num_answers: Answers to each prompt; the prompt is run once for all of them.
+        done: Called with the number of answers that each batch brought.
 
     Returns:
-        One answer a prompt, in the order of the prompts.
+        The answers in the order of the prompts, `num_answers` to the first, then as many to the second.
 
     Raises:
         ConfigError: If a prompt has no tokens.
@@ -121,21 +132,27 @@ def answer(
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt must have at least one token, got none.")
     if temperature > 0 and seeds is None:
-        seeds = torch.randint(1 << 62, (len(prompts),)).tolist()
+        seeds = torch.randint(1 << 62, (len(prompts) * num_answers,)).tolist()
     draws = None
     if temperature > 0 and seeds is not None:
         draws = [_draws(seed, max_new_tokens) for seed in seeds]
     ends = end_tokens(lm, tokenizer)
     alike_only = strategy is not None and not strategy.pads_prompts
-    found: list[Answer | None] = [None] * len(prompts)
+    found: list[Answer | None] = [None] * (len(prompts) * num_answers)
+    if batch_size is not None:
+        batch_size = max(1, batch_size // num_answers)
     modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
-        for rows in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, max_tokens, alike_only):
-            part = _Batch(lm, strategy, [prompts[row] for row in rows], ends, max_new_tokens)
-            uniform = None if draws is None else torch.stack([draws[row] for row in rows])
-            for row, one in zip(rows, part.run(temperature, top_p, uniform, streamer), strict=True):
-                found[row] = one
+        lengths = [len(prompt) for prompt in prompts]
+        for rows in batches(lengths, max_new_tokens, batch_size, max_tokens // num_answers, alike_only):
+            part = _Batch(lm, strategy, [prompts[row] for row in rows], ends, max_new_tokens, num_answers)
+            places = [row * num_answers + number for row in rows for number in range(num_answers)]
+            uniform = None if draws is None else torch.stack([draws[place] for place in places])
+            for place, one in zip(places, part.run(temperature, top_p, uniform, streamer), strict=True):
+                found[place] = one
+            if done is not None:
+                done(len(places))
     finally:
         for module, mode in modes:
             module.training = mode
@@ -201,7 +218,7 @@ def _draws(seed: int, count: int) -> Tensor:
 
 
 class _Batch:
-    """Some left-padded prompts on their way to answers."""
+    """Some left-padded prompts on their way to answers, `copies` to each."""
 
     def __init__(
         self,
@@ -210,8 +227,9 @@ class _Batch:
         prompts: Sequence[Sequence[int]],
         ends: Sequence[int],
         max_new_tokens: int,
+        copies: int = 1,
     ) -> None:
-        self.lm, self.ends, self.new = lm, ends, max_new_tokens
+        self.lm, self.ends, self.new, self.copies = lm, ends, max_new_tokens, copies
         self.device = lm.get_input_embeddings().weight.device
         width = max(len(prompt) for prompt in prompts)
         pad = ends[0] if ends else 0  # masked, so any token will do
@@ -247,7 +265,7 @@ class _Batch:
         """Generates until every row has ended or has `max_new_tokens`."""
         if streamer is not None:
             streamer.put(self.ids.cpu())
-        total = len(self.ids)
+        total = len(self.ids) * self.copies
         out = torch.zeros(total, self.new, dtype=torch.int64, device=self.device)
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
         rows = torch.arange(total, device=self.device)  # which prompts are still in the batch
@@ -258,6 +276,8 @@ class _Batch:
         inputs, made = self.first, 0
         while made < self.new:
             logits = self._forward(**inputs)
+            if made == 0 and self.copies > 1:
+                logits = self._multiply(logits)
             token = pick(logits, temperature, top_p, None if uniform is None else uniform[rows, made])
             out[rows, made] = token
             ended[rows] |= torch.isin(token, ends)
@@ -278,6 +298,14 @@ class _Batch:
             streamer.end()
         return [self._answer(row[:made]) for row in out.tolist()]
 
+    def _multiply(self, logits: Tensor) -> Tensor:
+        """Goes on from each prompt as often as it is to be answered."""
+        self.cache.batch_repeat_interleave(self.copies)
+        self.mask, self.positions, logits = (
+            each.repeat_interleave(self.copies, dim=0) for each in (self.mask, self.positions, logits)
+        )
+        return logits
+
     def _leave(self, alive: Tensor) -> None:
         """Lets the rows that ended go."""
         self.cache.batch_select_indices(alive)
@@ -285,4 +313,4 @@ class _Batch:
 
     def _answer(self, tokens: list[int]) -> Answer:
         stop = next((place for place, token in enumerate(tokens) if token in self.ends), None)
-        return Answer(tokens, False) if stop is None else Answer(tokens[:stop], True)
+        return Answer(tokens, False) if stop is None else Answer(tokens[:stop], True, tokens[stop])

@@ -210,3 +210,33 @@ def test_no_prompts_and_empty_prompts():
     assert generate(lm, None, tiny_tokenizer(), []) == []
     with pytest.raises(ConfigError, match="at least one token"):
         generate(lm, None, tiny_tokenizer(), [[1], []])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [None, 1, 7])
+def test_several_answers_share_their_prompt(strategy, size, monkeypatch):
+    """The same as asking each prompt as often, but the prompt is run once."""
+    lm, made = policy_of("llama", strategy)
+    prompts = prompts_of((3, 11, 7, 2))
+    lm.generation_config.eos_token_id = list(range(0, 300, 11))
+    seeds = [seed_of(7, row, k) for row in range(4) for k in range(3)]
+    options = {"max_new_tokens": 9, "temperature": 1.0}
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    expected = answer(lm, made, tiny_tokenizer(), repeated, seeds=seeds, **options)
+    places, forward = [], type(lm).forward
+    count = lambda k: k["position_ids"].shape[1] * k["position_ids"].shape[0]  # noqa: E731
+    monkeypatch.setattr(type(lm), "forward", lambda self, *a, **k: places.append(count(k)) or forward(self, *a, **k))
+    brought = []
+    found = answer(
+        lm, made, tiny_tokenizer(), prompts, seeds=seeds, num_answers=3, batch_size=size, done=brought.append, **options
+    )
+    assert found == expected
+    assert sum(brought) == 12
+    assert any(one.ended for one in found)
+    for one in found:
+        assert one.ended == (one.end is not None)
+        assert one.drawn == one.tokens + ([one.end] if one.ended else [])
+        assert len(one.drawn) <= 9
+    if size is None and strategy != "prefix":  # that one runs prompts of unequal length one by one
+        assert places[0] == 4 * 11 + (4 * 3 if strategy == "prompt" else 0)
+        assert places[1] == 12

@@ -1,0 +1,81 @@
+"""The answers of rollouts, for people: `rollouts.jsonl`, and a table of W&B."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from ftlit.files import write_text
+
+_TABLE = ("step", "set", "prompt", "answer", "reward", "tokens", "ended")
+
+
+class RolloutSamples(L.Callback):
+    """Writes the answers that a rollout or a validation brought, with their rewards, to the run folder.
+
+    Args:
+        rows: Most answers of each rollout, and of each validation set; the first of them.
+    """
+
+    def __init__(self, rows: int = 16) -> None:
+        self.rows = rows
+        self._wrote = False
+        self._resumed_at: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes where a run goes on."""
+        self._resumed_at = trainer.global_step if trainer.ckpt_path else None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the answers of a rollout after its first step."""
+        self._keep(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Keeps the answers to the held-out prompts."""
+        if trainer.state.fn == "fit" and not (trainer.sanity_checking and trainer.ckpt_path):
+            self._keep(trainer, pl_module)
+        pl_module.rollouts.samples.clear()
+
+    def _keep(self, trainer: L.Trainer, stage: Any) -> None:
+        records, seen = [], dict[str, int]()
+        for record in stage.rollouts.samples:
+            seen[record["set"]] = seen.get(record["set"], 0) + 1
+            if seen[record["set"]] <= self.rows:
+                records.append(record)
+        stage.rollouts.samples.clear()
+        if not records or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        path = Path(trainer.default_root_dir) / "rollouts.jsonl"
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        if not self._wrote:
+            write_text(path, "".join(f"{line}\n" for line in self._before(path)))
+        self._wrote = True
+        with path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+        rows = [[_text(record["prompt"]) if key == "prompt" else record[key] for key in _TABLE] for record in records]
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table(key="rollouts", columns=list(_TABLE), data=rows, step=trainer.global_step)
+
+    def _before(self, path: Path) -> list[str]:
+        """Whole lines of what a run that goes on has behind it; a killed run may have torn its last."""
+        kept = []
+        if self._resumed_at is not None and path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    if json.loads(line)["step"] < self._resumed_at:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return kept
+
+
+def _text(turns: list[dict[str, Any]]) -> str:
+    """A prompt for reading."""
+    return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+__all__ = ["RolloutSamples"]

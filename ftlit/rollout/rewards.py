@@ -1,0 +1,177 @@
+"""Rewards: what an answer is worth, from one or several functions.
+
+A reward has the contract of a verifier: `(prompts, completions, **columns) -> list[float]`. A Python function serves,
+and so does a trained reward model that scores texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftlit.errors import ConfigError
+from ftlit.objectives.advantages import Total, alone, moments
+from ftlit.rollout.verifiers import Prompt, Verifier, name_of, resolve, verify
+
+Reward = Verifier
+"""The contract: see `Verifier`."""
+
+
+@dataclass
+class RewardShaping:
+    """What is done to the weighted sum of the rewards of an answer, in this order.
+
+    Args:
+        whiten: Whether it is divided by the running standard deviation of all rewards of the run, after their running
+            mean is subtracted.
+        clip: Bound on its absolute value; None: no bound.
+        missing_end_penalty: Subtracted from answers that did not end by themselves.
+        length_penalty: Subtracted for each token of an answer beyond `free_tokens`.
+        free_tokens: Tokens that cost nothing.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    whiten: bool = False
+    clip: float | None = None
+    missing_end_penalty: float = 0.0
+    length_penalty: float = 0.0
+    free_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.clip is not None and self.clip <= 0) or self.missing_end_penalty < 0 or self.free_tokens < 0:
+            raise ConfigError(
+                "model.shaping needs a positive clip, missing_end_penalty >= 0 and free_tokens >= 0; got "
+                f"{self.clip}, {self.missing_end_penalty} and {self.free_tokens}."
+            )
+
+
+class RunningMoments:
+    """Mean and variance of everything seen so far (Chan et al. 1979, pairwise update)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, values: Tensor, total: Total = alone) -> None:
+        """Adds the values of all ranks."""
+        count, mean, variance = moments(values, total)
+        if not count:
+            return
+        apart, together = float(mean) - self.mean, self.count + count
+        self.squares += float(variance) * max(count - 1, 0) + apart**2 * self.count * count / together
+        self.mean += apart * count / together
+        self.count = together
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation; 1 before there are two different values."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Goes on from it."""
+        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+
+
+class Rewards:
+    """Several rewards with weights, and what is done to their sum.
+
+    Args:
+        rewards: Rewards, or import paths of functions such as `mymodule.check`.
+        weights: One number a reward; 1 each when left out.
+        shaping: What is done to the sum.
+
+    Raises:
+        ConfigError: If there is no reward, one cannot be found, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Verifier | str | Any],
+        weights: Sequence[float] | None = None,
+        shaping: RewardShaping | None = None,
+    ) -> None:
+        if not rewards:
+            raise ConfigError("model.reward is missing: give the import path of a function, such as mymodule.check.")
+        self.functions = [resolve(reward) for reward in rewards]
+        self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        if len(self.weights) != len(self.functions) or not all(map(math.isfinite, self.weights)):
+            raise ConfigError(
+                f"model.reward_weights must be one number for each of {len(self.functions)} rewards, got {weights}."
+            )
+        self.shaping = shaping or RewardShaping()
+        self.running = RunningMoments()
+        self.names = _distinct([name_of(function) for function in self.functions])
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Tensor:
+        """What each reward says of each answer.
+
+        Args:
+            prompts: The turns before each answer.
+            completions: The answers.
+            columns: Columns of their rows, and `reference`.
+
+        Returns:
+            `[K, S]`, float32, for K rewards.
+
+        Raises:
+            ConfigError: If a reward does not return one finite number an answer.
+        """
+        said = [verify(function, prompts, completions, columns) for function in self.functions]
+        return torch.tensor(said, dtype=torch.float32).reshape(len(said), len(completions))
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the rewards that are models."""
+        for function in self.functions:
+            if hasattr(function, "to"):
+                function.to(device)
+
+    def weighted(self, said: Tensor) -> Tensor:
+        """The weighted sum, `[S]`."""
+        return torch.tensor(self.weights, dtype=said.dtype) @ said
+
+    def shaped(
+        self, scores: Tensor, lengths: Tensor, ended: Tensor, total: Total = alone, learn: bool = True
+    ) -> Tensor:
+        """Whitens, clips and adds the terms of length and end.
+
+        Args:
+            scores: The weighted sums, `[S]`.
+            lengths: Tokens of each answer, with its end token, `[S]`.
+            ended: Whether each ended by itself, bool `[S]`.
+            total: Sums over the ranks.
+            learn: Whether the running statistics take these scores in.
+
+        Returns:
+            `[S]`.
+        """
+        shaping = self.shaping
+        if shaping.whiten:
+            if learn:
+                self.running.update(scores, total)
+            scores = (scores - self.running.mean) / self.running.std
+        if shaping.clip is not None:
+            scores = scores.clamp(-shaping.clip, shaping.clip)
+        scores = scores - shaping.missing_end_penalty * (~ended).to(scores.dtype)
+        return scores - shaping.length_penalty * (lengths - shaping.free_tokens).clamp(min=0).to(scores.dtype)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names with a number where one comes twice."""
+    return [f"{name}_{names[:place].count(name) + 1}" if names.count(name) > 1 else name
+            for place, name in enumerate(names)]  # fmt: skip
+
+
+__all__ = ["Reward", "RewardShaping", "Rewards", "RunningMoments"]

@@ -1,0 +1,375 @@
+"""Training on rewards: PPO, GRPO, RLOO and their relatives.
+
+One rollout: prompts are answered by the present policy, the answers are rewarded, scored and turned into advantages;
+then the policy is updated on them for `update_epochs` times `num_minibatches` optimizer steps. The rollouts are what
+the training loader yields, so optimization is Lightning's own, and everything that counts steps counts optimizer steps:
+
+- `trainer.max_steps`, `global_step`, schedules, `warmup`, `val_check_interval`, `every_n_steps`: optimizer steps;
+- an epoch: as many optimizer steps as it takes to answer every prompt once, `prompts / (batch_size x accumulate x
+  ranks)` rollouts, rounded up. Where `target_kl` cuts rollouts short, an epoch holds more rollouts instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from ftlit.batch import PackedBatch, StepTotals
+from ftlit.callbacks.rollout_samples import RolloutSamples
+from ftlit.data.datamodules import MAIN
+from ftlit.data.prompts import PromptData, PromptOrder
+from ftlit.errors import ConfigError
+from ftlit.models.policy import disable_dropout
+from ftlit.models.value import ValueHead
+from ftlit.objectives.advantages import GAE, Advantage, sums
+from ftlit.objectives.kl import KLPenalty, kl_estimate
+from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
+from ftlit.objectives.scores import TokenScores
+from ftlit.rollout.experience import Experience, cut
+from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
+from ftlit.rollout.loader import Added, RolloutLoader
+from ftlit.rollout.rewards import Rewards, RewardShaping
+from ftlit.rollout.verifiers import Verifier
+from ftlit.stages.base import MicroLoss, Stage
+from ftlit.stages.rollouts import Rollouts
+
+
+class PPO(Stage):
+    """Trains a policy on rewards of its own answers.
+
+    Args:
+        args: Arguments of every stage.
+        reward: What an answer is worth: the import path of a function `(prompts, completions, **columns) ->
+            list[float]` such as `mymodule.check`, a `Verifier`, or a list of those.
+        reward_weights: One number for each reward; 1 each when left out.
+        shaping: Clipping, whitening, terms of end and length.
+        advantage: How rewards become advantages: `GAE` (with a value head, when left out), `GRPO`, `RLOO`, `ReMax`.
+        loss: The policy's loss: `PPOClip` when left out, `DAPO`, `DrGRPO`, `GSPO`, `CISPO`.
+        kl: The penalty on the distance from the start of the run.
+        num_answers: Answers to each prompt.
+        update_epochs: How often a rollout is gone through.
+        num_minibatches: Optimizer steps each time; the answers to one prompt stay in one.
+        max_new_tokens: Most tokens of an answer.
+        temperature: Of the sampling. The update takes probabilities at temperature 1, so others make it inexact.
+        top_p: Sample from the likeliest tokens that together have this probability; others than 1 likewise.
+        generator: Who draws the answers.
+        entropy_coef: Weight of the mean entropy of the policy (nats a token), which is to stay high.
+        value_coef: Weight of the value's loss.
+        value_clip: How far a value may move from what it was; None: any way.
+        value_lr: Peak learning rate of the value head; `lr` when left out.
+        value_detached: Whether the value's loss leaves the policy alone.
+        target_kl: Policies further than this from the one that drew (`policy/approxkl`, nats a token) end the update;
+            the next step begins a new rollout. None: never.
+        kwargs: Arguments of every stage.
+
+    Raises:
+        ConfigError: If a number is out of range, or settings contradict each other.
+    """
+
+    best_by = ("val/reward", "max")
+
+    def __init__(
+        self,
+        *args: Any,
+        reward: Verifier | str | list[Verifier | str] | None = None,
+        reward_weights: list[float] | None = None,
+        shaping: RewardShaping | None = None,
+        advantage: Advantage | None = None,
+        loss: PolicyLoss | None = None,
+        kl: KLPenalty | None = None,
+        num_answers: int = 1,
+        update_epochs: int = 2,
+        num_minibatches: int = 2,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: Generator | None = None,
+        entropy_coef: float = 0.0,
+        value_coef: float = 0.1,
+        value_clip: float | None = 0.2,
+        value_lr: float | None = None,
+        value_detached: bool = False,
+        target_kl: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.rewards = Rewards(
+            reward if isinstance(reward, list) else [reward] if reward else [], reward_weights, shaping
+        )
+        self.advantage, self.policy_loss, self.kl = advantage or GAE(), loss or PPOClip(), kl or KLPenalty()
+        self.num_answers, self.update_epochs, self.num_minibatches = num_answers, update_epochs, num_minibatches
+        self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p)
+        self.generator = generator or BatchedGenerator()
+        self.entropy_coef, self.target_kl = entropy_coef, target_kl
+        self.value_coef, self.value_clip, self.value_detached = value_coef, value_clip, value_detached
+        self.value_lr = value_lr or self.lr
+        self._check()
+        self.value_head: ValueHead | None = None
+        self.rollouts = Rollouts(self)
+        self.loader: RolloutLoader | None = None
+        self._resumed: tuple[Experience | None, int] = (None, 0)
+        self._sums: dict[str, Tensor] = {}
+
+    def _check(self) -> None:
+        least = self.advantage.least_answers
+        for name, value, lowest in (
+            ("num_answers", self.num_answers, least),
+            ("update_epochs", self.update_epochs, 1),
+            ("num_minibatches", self.num_minibatches, 1),
+            ("max_new_tokens", self.sampling.max_new_tokens, 1),
+        ):
+            if value < lowest:
+                why = f" with {type(self.advantage).__name__}" if lowest > 1 else ""
+                raise ConfigError(f"model.{name} must be at least {lowest}{why}, got {value}.")
+        if self.sampling.temperature <= 0 or not 0 < self.sampling.top_p <= 1:
+            raise ConfigError(
+                "PPO draws its answers: model.temperature must be positive and top_p in (0, 1]; got "
+                f"{self.sampling.temperature} and {self.sampling.top_p}."
+            )
+        for name in ("entropy_coef", "value_coef"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("value_clip", "value_lr", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"model.{name} must be positive or left out, got {value}.")
+
+    # ---- model, optimizer, loader -----------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the policy, remembers its start, and adds a value head where the advantage needs one."""
+        if self.policy is not None:
+            return
+        super().configure_model()
+        assert self.policy is not None
+        if disable_dropout(self.policy):
+            rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
+        self.strategy.remember_start(self.policy.lm)
+        if self.advantage.uses_values:
+            dtype = torch.promote_types(self.policy.lm.dtype, torch.float32)
+            self.value_head = ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Keeps the answers in `rollouts.jsonl`."""
+        return [*super().configure_callbacks(), RolloutSamples()]
+
+    def lr_factor(self, name: str) -> float:
+        """The value head has a rate of its own."""
+        return self.value_lr / self.lr if name.startswith("value_head.") else super().lr_factor(name)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The value head's own come last: the rate that is logged is the policy's."""
+        value = set() if self.value_head is None else set(map(id, self.value_head.parameters()))
+        return sorted(super().parameter_groups(), key=lambda group: {id(p) for p in group["params"]} <= value)
+
+    def setup(self, stage: str) -> None:
+        """Checks that the data are prompts, and enough of them."""
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptData):
+            raise ConfigError(f"PPO trains on prompts: use PromptData, not {type(data).__name__}.")
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ConfigError("PPO cannot answer with a model whose weights are sharded; use ddp.")
+        prompts = data.batch_size * self.accumulate * self.trainer.world_size
+        if stage == "fit" and prompts < self.num_minibatches:
+            raise ConfigError(
+                f"model.num_minibatches is {self.num_minibatches}, but a rollout has {prompts} prompts; raise "
+                "data.batch_size."
+            )
+
+    @property
+    def data(self) -> PromptData:
+        """The prompts."""
+        return self.trainer.datamodule
+
+    @property
+    def order(self) -> PromptOrder:
+        """Which prompts each rollout takes."""
+        return self.data.planner(self.accumulate, self.trainer.world_size)
+
+    def plan_length(self, data: Any) -> int:
+        """Optimizer steps of an epoch."""
+        return len(data.planner(self.accumulate, self.trainer.world_size)) * self.update_epochs * self.num_minibatches
+
+    def rollout_loader(self) -> RolloutLoader:
+        """What the data module yields for training."""
+        experience, first = self._resumed
+        added = None
+        if self.data.added_rows:
+            added = Added(self.data.added_rows, self.data.max_tokens, self.trainer.global_rank, self.trainer.world_size)
+        self.loader = RolloutLoader(
+            self.rollouts.collect, lambda: self.trainer.global_step, self.plan_length(self.data), self.update_epochs,
+            self.data.seed, experience, first, added,
+        )  # fmt: skip
+        return self.loader
+
+    def steps_in_words(self, data: Any) -> str:
+        """What a run consists of."""
+        prompts = data.batch_size * self.accumulate * self.trainer.world_size
+        return (
+            f"{self.num_steps:,} optimizer steps: {self.update_epochs} x {self.num_minibatches} for each rollout of "
+            f"{prompts:,} prompts x {self.num_answers} answers"
+        )
+
+    # ---- the update -------------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Hidden states for the value head, the entropy for its bonus."""
+        states = {"states"} if self.value_head is not None else set()
+        return frozenset(states | ({"entropy"} if self.entropy_coef else set()))
+
+    def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
+        """Losses of policy, value, KL and entropy, each token weighted as the policy's loss says."""
+        known, real = batch.extras, batch.target_weights.to(scores.logps.dtype)
+        owners = batch.target_segments.unique_consecutive(return_inverse=True)[1]
+        policy = self.policy_loss(scores.logps, known["old_logps"], known["advantages"], owners)
+        loss = policy.loss
+        log_ratios = (scores.logps - known["old_logps"]).detach()
+        ratios = log_ratios.exp()
+        means = {
+            "policy/approxkl": ratios - 1 - log_ratios,
+            "policy/clipfrac": policy.clipped,
+            "val/ratio": ratios,
+        }
+        totals = {"loss/policy": policy.loss}
+        if self.kl.place == "loss" and self.rollouts.kl_coef:
+            loss = loss + self.rollouts.kl_coef * kl_estimate(scores.logps, known["reference"], self.kl.estimator)
+        if self.entropy_coef:
+            assert scores.entropy is not None
+            loss = loss - self.entropy_coef * scores.entropy
+        if self.value_head is not None:
+            assert scores.states is not None
+            values = self.value_head(scores.states)
+            of_value, clipped = value_loss(values, known["values"], known["returns"], self.value_clip)
+            loss = loss + self.value_coef * of_value
+            means["val/clipfrac"] = clipped
+            totals["loss/value"] = of_value
+        weights = known["weights"] * real
+        sums_ = {name: (value.detach() * weights).sum() for name, value in {**totals, "loss": loss}.items()}
+        sums_ |= {name: (value * real).sum() for name, value in means.items()}
+        return MicroLoss((loss * weights).sum(), sums_)
+
+    def total(self, totals: StepTotals) -> float:
+        """The tokens of the step's answers."""
+        return totals.weight
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps; ends the update where it has gone too far."""
+        super().optimizer_step(*args, **kwargs)
+        self.rollouts.seconds["update"] += time.perf_counter() - self._started
+        too_far = self.target_kl is not None and self.step_metrics["policy/approxkl"] > self.target_kl
+        if too_far and self.loader is not None and self.loader.experience is not None:
+            self.loader.experience.cut = True
+
+    def step_summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds what the rollout was that the step belongs to, and the shares of the time so far."""
+        seconds = self.rollouts.seconds
+        spent = sum(seconds.values())
+        shares = {f"time/{name}": value / spent for name, value in seconds.items()}
+        return {**means, **self.rollouts.metrics, **shares}
+
+    # ---- validation and test ----------------------------------------------------------------------------------------
+
+    def _names(self, loop: str) -> list[str]:
+        return self.data.validation_names if loop == "val" else [MAIN]
+
+    def _evaluate(self, loop: str, numbers: Sequence[int], which: int = 0) -> None:
+        """Answers some held-out prompts greedily and adds what became of them."""
+        if not numbers:
+            return
+        name = self._names(loop)[which]
+        rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][number] for number in numbers]
+        greedy = self.sampling._replace(num_answers=1, temperature=0.0)
+        made = self.rollouts.answer(rows, numbers, [0] * len(rows), greedy)
+        found = made.experience
+        lengths = [len(prompt) for prompt in found.prompts]
+        tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))
+        apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
+        each = [torch.ones(len(rows)), self.rewards.weighted(made.said), apart, found.lengths, made.ended, *made.said]
+        counts = torch.stack([one.double().sum() for one in each])
+        self._sums[name] = self._sums.get(name, torch.zeros_like(counts)) + counts
+        self.rollouts.keep(name if loop == "val" else loop, made)
+
+    def _log_evaluation(self, loop: str) -> None:
+        several = len(self.rewards.names) > 1
+        keys = ["reward", "kl", "length", "ended", *(f"rewards/{name}" for name in self.rewards.names)]
+        values: dict[str, float] = {}
+        for name in self._names(loop):
+            counts = self.rollouts.total(self._sums.get(name, torch.zeros(len(keys) + 1, dtype=torch.float64)))
+            place = loop if name == MAIN else f"{loop}/{name}"
+            means = zip(keys, (counts[1:] / counts[0]).tolist(), strict=True)
+            values |= {f"{place}/{key}": value for key, value in means if several or "/" not in key}
+        self._sums = {}
+        self._log_values(loop, values)
+
+    def validation_step(self, batch: list[int], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answers some held-out prompts."""
+        self._evaluate("val", batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/reward`, `val/kl` (nats an answer), `val/length`, `val/ended`; of other sets `val/NAME/...`."""
+        super().on_validation_epoch_end()
+        self._log_evaluation("val")
+
+    def test_step(self, batch: list[int], batch_idx: int) -> None:
+        """Answers some test prompts."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the same as `test/...`."""
+        self._log_evaluation("test")
+
+    def _log_values(self, loop: str, values: dict[str, float]) -> None:
+        if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
+            if not self.trainer.ckpt_path:  # a run that goes on has that behind it
+                self.start_metrics = values
+                for logger in self.trainer.loggers:
+                    logger.log_metrics({**values}, step=0)
+            return
+        self.last_metrics = values
+        if loop == "val" and self.trainer.state.fn == "fit":
+            self.log_position()
+        for key, value in values.items():
+            # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
+            self.log(key, value, prog_bar=key == "val/reward", sync_dist=self.trainer.world_size > 1, batch_size=1)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the rollout that the run is in, of every rank, and what steers it."""
+        super().on_save_checkpoint(checkpoint)
+        present = None if self.loader is None else self.loader.experience
+        checkpoint["ppo"] = {
+            "rollouts": self.rollouts.gather(None if present is None else present.state_dict()),
+            "kl_coef": self.rollouts.kl_coef,
+            "running": self.rewards.running.state_dict(),
+            "seconds": dict(self.rollouts.seconds),
+            "metrics": dict(self.rollouts.metrics),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on in the same rollout; with another number of ranks at the beginning of the next."""
+        super().on_load_checkpoint(checkpoint)
+        own = checkpoint["ppo"]
+        self.rollouts.kl_coef = own["kl_coef"]
+        self.rollouts.seconds, self.rollouts.metrics = dict(own["seconds"]), dict(own["metrics"])
+        self.rewards.running.load_state_dict(own["running"])
+        ranks = own["rollouts"]
+        if self._trainer is None or ranks[0] is None:
+            return
+        if len(ranks) == self._trainer.world_size:
+            self._resumed = (Experience.from_state(ranks[self._trainer.global_rank]), 0)
+        else:
+            self._resumed = (None, ranks[0]["number"] + 1)
+            rank_zero_only(print)("note       another number of ranks: the run goes on with a new rollout", flush=True)
+
+
+__all__ = ["PPO"]

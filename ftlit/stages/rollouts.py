@@ -1,0 +1,310 @@
+"""One rollout of PPO: prompts are answered, the answers rewarded and scored, and turned into advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from ftlit.batch import StepTotals
+from ftlit.data.prompts import PromptRow
+from ftlit.objectives.advantages import Outcome, moments, sums
+from ftlit.objectives.kl import kl_estimate
+from ftlit.objectives.policy_gradient import reduction_weights
+from ftlit.rollout.experience import Experience, Micro, cut
+from ftlit.rollout.generate import Answer, seed_of
+from ftlit.rollout.generator import Sampling
+
+if TYPE_CHECKING:
+    from ftlit.stages.ppo import PPO
+
+
+class Answered:
+    """Prompts with their answers and rewards.
+
+    Attributes:
+        rows: The prompts.
+        answers: As many to each, prompt by prompt.
+        said: What each reward says of each answer, `[K, S]`.
+        experience: The same as tokens.
+    """
+
+    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Tensor, found: Experience) -> None:
+        self.rows, self.answers, self.said, self.experience = rows, answers, said, found
+
+    @property
+    def ended(self) -> Tensor:
+        """Whether each answer ended by itself, bool `[S]`."""
+        return torch.tensor([one.ended for one in self.answers], dtype=torch.bool)
+
+
+class Rollouts:
+    """Makes the rollouts of a stage.
+
+    Args:
+        stage: The stage, whose settings count.
+
+    Attributes:
+        kl_coef: The present weight of the KL penalty.
+        metrics: What was measured of the present rollout.
+        seconds: Time spent so far on drawing, scoring and updating.
+        samples: Answers for people that are not written yet.
+    """
+
+    def __init__(self, stage: PPO) -> None:
+        self._stage = (stage,)  # a tuple, so that it is no child
+        self.kl_coef = stage.kl.coef
+        self.metrics: dict[str, float] = {}
+        self.seconds = {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+        self.samples: list[dict[str, Any]] = []
+
+    @property
+    def stage(self) -> PPO:
+        """The stage."""
+        return self._stage[0]
+
+    def collect(self, number: int) -> Experience:
+        """One rollout of training.
+
+        Args:
+            number: Which of the run; it decides the prompts and all that is drawn.
+        """
+        stage, trainer = self.stage, self.stage.trainer
+        prompts = stage.order.rollout(number)
+        parts = [prompts[m :: stage.num_minibatches] for m in range(stage.num_minibatches)]
+        mine = [part[trainer.global_rank :: trainer.world_size] for part in parts]
+        numbers = [row for part in mine for _, row in part]
+        rows = [stage.data.rows["train"][row] for row in numbers]
+        with self._timed("rollout"):
+            each, seed = stage.sampling.num_answers, stage.data.seed
+            seeds = [seed_of(seed, place, k) for part in mine for place, _ in part for k in range(each)]
+            made = self.answer(rows, numbers, seeds, stage.sampling)
+            baselines = self._greedy(rows, numbers) if stage.advantage.uses_greedy else None
+        found = made.experience
+        found.number, found.first_step = number, trainer.global_step
+        with self._timed("scoring"):
+            self._cut(found, [len(part) for part in mine])
+            tokens = self.score(found, [micro for step in found.steps for micro in step])
+            self._estimate(made, tokens, baselines)
+        self.keep("train", made)
+        return found
+
+    # ---- answers and rewards ----------------------------------------------------------------------------------------
+
+    def answer(
+        self, rows: Sequence[PromptRow], numbers: Sequence[int], seeds: Sequence[int], sampling: Sampling
+    ) -> Answered:
+        """Answers some prompts and rewards the answers.
+
+        Args:
+            rows: The prompts.
+            numbers: The number of each in its set.
+            seeds: Seed of each answer.
+            sampling: How to draw.
+        """
+        stage, trainer = self.stage, self.stage.trainer
+        assert stage.policy is not None
+        prompts = [row.input_ids for row in rows]
+        answers: list[Answer] = []
+        if rows:
+            with trainer.precision_plugin.forward_context():
+                answers = stage.generator(
+                    stage.policy.lm, stage.strategy, stage.tokenizer, prompts, seeds, sampling,
+                    quiet=not trainer.is_global_zero,
+                )  # fmt: skip
+        owners = [place // sampling.num_answers for place in range(len(answers))]
+        repeated = [rows[owner] for owner in owners]
+        names = sorted({name for row in repeated for name in row.columns})
+        columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
+        columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
+        said = torch.zeros(len(stage.rewards.functions), 0)
+        if rows:
+            stage.rewards.to(stage.device)
+            with isolate_rng():  # a reward may draw too
+                said = stage.rewards([row.turns for row in repeated], [self.text(one) for one in answers], columns)
+        return Answered(rows, answers, said, Experience(prompts, numbers, [one.drawn for one in answers], owners))
+
+    def text(self, answer: Answer) -> str:
+        """An answer as the rewards read it."""
+        return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
+
+    def _greedy(self, rows: Sequence[PromptRow], numbers: Sequence[int]) -> Tensor:
+        """The shaped reward of the greedy answer to each prompt, repeated for each of its answers, `[S]`."""
+        sampling = self.stage.sampling
+        made = self.answer(rows, numbers, [0] * len(rows), sampling._replace(num_answers=1, temperature=0.0))
+        return self._shaped(made, learn=False).repeat_interleave(sampling.num_answers)
+
+    def _shaped(self, made: Answered, learn: bool) -> Tensor:
+        rewards = self.stage.rewards
+        return rewards.shaped(rewards.weighted(made.said), made.experience.lengths, made.ended, self.total, learn)
+
+    # ---- tokens -----------------------------------------------------------------------------------------------------
+
+    def _cut(self, found: Experience, prompts: Sequence[int]) -> None:
+        """Cuts a rollout into minibatches of whole prompts, and these into as many micro-batches on every rank.
+
+        Args:
+            found: The rollout.
+            prompts: How many prompts each minibatch has here.
+        """
+        cuts, counts, start = [], [], 0
+        lengths = [len(prompt) for prompt in found.prompts]
+        for count in prompts:
+            chosen = [i for i, owner in enumerate(found.owners) if start <= owner < start + count]
+            answers = [len(found.answers[i]) for i in chosen]
+            micros = cut([found.owners[i] for i in chosen], lengths, answers, self.stage.data.max_tokens)
+            cuts.append([tuple(chosen[i] for i in micro) for micro in micros])
+            counts.append([len(micros), sum(answers), sum(answers) + sum(lengths[start : start + count]), len(chosen)])
+            start += count
+        ranks = self.gather(counts)
+        for number, step in enumerate(cuts):
+            most = max(rank[number][0] for rank in ranks)
+            found.steps.append([*step, *[()] * (most - len(step))])
+            targets, tokens, examples = (sum(rank[number][i] for rank in ranks) for i in (1, 2, 3))
+            found.totals.append(StepTotals(float(targets), targets, tokens, examples))
+
+    @torch.no_grad()
+    def score(self, found: Experience, micros: Sequence[Micro]) -> dict[str, Tensor]:
+        """What the policy and the start of the run say of each token, in the very packs and on the path of the update.
+
+        Args:
+            found: The answers.
+            micros: Which lie together.
+
+        Returns:
+            `old_logps`, `reference`, `entropy` and with a value head `values`, each `[N]`, on the CPU.
+        """
+        stage, head = self.stage, self.stage.value_head
+        assert stage.policy is not None
+        filled = [micro for micro in micros if micro]
+        if not filled:
+            names = ("old_logps", "reference", "entropy", *(("values",) if head is not None else ()))
+            return dict.fromkeys(names, torch.zeros(0))
+        parts: dict[str, list[Tensor]] = {"old_logps": [], "reference": [], "entropy": [], "values": []}
+        with stage.trainer.precision_plugin.forward_context():
+            batches = [found.pack(micro).to(stage.device) for micro in filled]
+            for batch in batches:
+                needs = frozenset({"states"} if head is not None else ())
+                scores = stage.policy(batch, needs=needs, watch=frozenset({"entropy"}))
+                assert scores.entropy is not None
+                parts["old_logps"].append(scores.logps)
+                parts["entropy"].append(scores.entropy)
+                if head is not None:
+                    parts["values"].append(head(scores.states))
+            with stage.strategy.start(stage.policy.lm):
+                parts["reference"] += [stage.policy(batch).logps for batch in batches]
+        places = torch.cat([found.places(micro) for micro in filled])
+        flat = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
+        return {name: torch.empty_like(values).index_copy(0, places, values) for name, values in flat.items()}
+
+    def _estimate(self, made: Answered, tokens: dict[str, Tensor], baselines: Tensor | None) -> None:
+        """Rewards become advantages; the metrics are counted, and the weight of the KL penalty is steered by them."""
+        stage, found = self.stage, made.experience
+        old, reference, values = tokens["old_logps"], tokens["reference"], tokens.get("values")
+        owners, lengths = found.token_owners, found.lengths
+        penalty = torch.zeros_like(old)
+        if stage.kl.place == "reward":
+            penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
+        outcome = Outcome(
+            scores=self._shaped(made, learn=True).to(old.dtype),
+            token_rewards=penalty,
+            owners=owners,
+            groups=torch.tensor(found.owners, dtype=torch.int64),
+            values=values,
+            baselines=None if baselines is None else baselines.to(old.dtype),
+        )
+        estimate = stage.advantage(outcome, self.total)
+        weights = torch.zeros(len(old), dtype=torch.float64)
+        for step, total in zip(found.steps, found.totals, strict=True):
+            places = found.places(tuple(one for micro in step for one in micro))
+            weights[places] = reduction_weights(
+                stage.policy_loss.reduction, lengths, owners[places], total.targets, total.examples,
+                stage.sampling.max_new_tokens,
+            )  # fmt: skip
+        found.tokens = {
+            "old_logps": old,
+            "reference": reference,
+            "advantages": estimate.advantages,
+            "weights": weights.to(old.dtype),
+        }
+        if values is not None and estimate.returns is not None:
+            found.tokens |= {"values": values, "returns": estimate.returns}
+        self._measure(made, outcome, tokens, estimate.returns)
+        self.kl_coef = stage.kl.adapted(self.kl_coef, self.metrics["objective/kl"])
+
+    def _measure(self, made: Answered, outcome: Outcome, tokens: dict[str, Tensor], returns: Tensor | None) -> None:
+        """Means over the answers and tokens of all ranks."""
+        rewards, found = self.stage.rewards, made.experience
+        raw = rewards.weighted(made.said)
+        means = {
+            "objective/kl": sums(tokens["old_logps"] - tokens["reference"], outcome.owners, len(made.answers)),
+            "objective/scores": raw,
+            "objective/rlhf_reward": outcome.rewards,
+            "policy/entropy": tokens["entropy"],
+            "answers/length": found.lengths,
+            "answers/ended": made.ended,
+        }
+        if len(rewards.names) > 1:
+            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said, strict=True)}
+        metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
+        metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
+        metrics["objective/kl_coef"] = self.kl_coef
+        if returns is not None and outcome.values is not None:
+            error, spread = (moments(one, self.total)[2] for one in (returns - outcome.values, returns))
+            metrics["val/explained_variance"] = float(1 - error / spread) if spread > 0 else 0.0
+        self.metrics = metrics
+
+    # ---- small parts ------------------------------------------------------------------------------------------------
+
+    def keep(self, kind: str, made: Answered) -> None:
+        """Remembers answers with their rewards, for people.
+
+        Args:
+            kind: What they are from.
+            made: The answers.
+        """
+        rewards, found = self.stage.rewards, made.experience
+        for place, (one, score) in enumerate(zip(made.answers, rewards.weighted(made.said).tolist(), strict=True)):
+            record = {
+                "step": self.stage.trainer.global_step,
+                "set": kind,
+                "prompt": made.rows[found.owners[place]].turns,
+                "answer": self.text(one),
+                "tokens": len(one.drawn),
+                "ended": one.ended,
+                "reward": score,
+            }
+            if len(rewards.names) > 1:
+                record |= {
+                    f"reward/{name}": float(said[place]) for name, said in zip(rewards.names, made.said, strict=True)
+                }
+            self.samples.append(record)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        trainer: Any = self.stage.trainer
+        if trainer.world_size == 1:
+            return value
+        return trainer.strategy.reduce(value.to(self.stage.device), reduce_op="sum").to(value.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+        if self.stage.trainer.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.stage.trainer.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+
+__all__ = ["Answered", "Rollouts"]

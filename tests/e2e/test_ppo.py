@@ -1,0 +1,172 @@
+"""PPO, GRPO and RLOO through the real command: shipped configs, going on, several ranks."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+STOP = """
+import lightning as L
+
+
+class Stop(L.Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, stage, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise FloatingPointError("stopped")
+"""
+
+REWARDS = """
+def odd(prompts, completions, messages, **columns):
+    assert len(prompts) == len(completions) == len(messages)
+    return [sum(ord(character) % 2 for character in text) / 8 for text in completions]
+
+
+def short(prompts, completions, **columns):
+    return [-len(text) / 8 for text in completions]
+"""
+
+
+def metrics(run):
+    with (Path(run) / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def saved(run, name="last"):
+    return torch.load(Path(run) / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def arguments(tmp_path, rows, tiny_model_folder):
+    """A small run of one of the shipped configs: nine prompts to train on, three to validate, four a rollout."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+
+    def made(config, *more):
+        return [
+            *("fit", "--config", config, "--config", "peft/lora", "--config", "trainer/cpu"),
+            *("--model.policy", tiny_model_folder, "--model.peft.rank", "4", "--model.lr", "0.02"),
+            *("--model.reward", "rewards.odd", "--model.max_new_tokens", "6", "--data.train", rows),
+            *("--data.validation", "0.25", "--data.batch_size", "4", "--trainer.max_steps", "8"),
+            *("--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch", "null"),
+            *more,
+        ]
+
+    return made
+
+
+def same(first, second):
+    """Two runs that left the same, bit for bit."""
+    ours, theirs = saved(first), saved(second)
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, tensor in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], tensor), name
+    for one, other in zip(ours["optimizer_states"], theirs["optimizer_states"], strict=True):
+        for key, state in other["state"].items():
+            for part, tensor in state.items():
+                assert torch.equal(torch.as_tensor(one["state"][key][part]), torch.as_tensor(tensor))
+    for key in ("kl_coef", "running"):
+        assert ours["ppo"][key] == theirs["ppo"][key]
+    clock = ("time/", "train/tokens", "train/trained")
+    for one, other in zip(metrics(first), metrics(second), strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(clock)} == {
+            k: v for k, v in other.items() if not k.startswith(clock)
+        }
+    assert Path(first, "rollouts.jsonl").read_text() == Path(second, "rollouts.jsonl").read_text()
+
+
+@pytest.mark.parametrize("config", ["ppo", "grpo", "rloo"])
+def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config):
+    assert ftlit(*arguments(config), "--run", "r") == 0, ftlit.err
+    rows = metrics("r")
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert [int(row["step"]) for row in rows if "val/reward" in row] == [0, 3, 6, 8]
+    named = {key for row in rows for key in row}
+    assert {"objective/kl", "objective/scores", "objective/rlhf_reward", "policy/approxkl", "policy/clipfrac"} <= named
+    assert {"policy/entropy", "loss/policy", "val/ratio", "answers/length", "answers/ended", "time/rollout"} <= named
+    assert ("loss/value" in named) == ("val/explained_variance" in named) == (config == "ppo")
+    assert rows[1]["val/ratio"] == 1.0
+    assert rows[1]["objective/kl"] == 0.0
+    assert "train: 9 prompts" in ftlit.out
+    assert "for each rollout of 4 prompts x" in ftlit.out
+    samples = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
+    assert {one["set"] for one in samples} == {"train", "main"}
+    assert Path("r/adapter/last/adapter_model.safetensors").exists()
+    assert Path("r/checkpoints/best.ckpt").exists()
+    best = max((row["val/reward"], -row["step"]) for row in rows if "val/reward" in row and row["step"])
+    assert saved("r", "best")["global_step"] == -best[1]
+    assert ftlit("validate", "--config", "r/config.yaml", "--run", "r") == 0, ftlit.err
+    shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
+    assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
+
+
+@pytest.mark.parametrize("config", ["ppo", "grpo"])
+def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, tmp_path, config):
+    """Between rollouts, inside one, after its first step; with running statistics and a steered penalty."""
+    shaping = ["--model.shaping.whiten", "true", "--model.shaping.clip", "2", "--model.kl.target", "0.01"]
+    shaping += ["--model.kl.coef", "0.1", "--model.target_kl", "0.02", "--trainer.callbacks.every_n_steps", "1"]
+    args = arguments(config, *shaping)
+    assert ftlit(*args, "--run", "whole") == 0, ftlit.err
+    assert saved("whole")["ppo"]["running"]["count"] > 8
+    (tmp_path / "stopping.py").write_text(STOP)
+    for step in (1, 4, 5):
+        run = f"parts-{step}"
+        stop = ["--trainer.callbacks+=stopping.Stop", f"--trainer.callbacks.step={step}"]
+        assert ftlit(*args, "--run", run, *stop) == 1
+        assert saved(run)["global_step"] == step
+        assert ftlit("fit", "--config", "whole/config.yaml", "--run", run, "--ckpt_path", "last") == 0, ftlit.err
+        same(run, "whole")
+
+
+def start(args, folder, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "ftlit", *args], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+def test_two_ranks_equal_one(arguments, tmp_path):
+    """Three prompts a rank and rollout less the one that is missing, answers of every length, fillers: float64."""
+    common = ["--trainer.precision", "64-true", "--model.num_minibatches", "3", "--data.max_tokens", "60"]
+    runs = {}
+    for config in ("ppo", "grpo"):
+        args = arguments(config, *common)
+        one = start([*args, "--run", f"{config}-one"], tmp_path)
+        assert one.returncode == 0, one.stderr[-2000:]
+        two = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--run", f"{config}-two"]
+        done = start([*args, *two], tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs[config] = [tmp_path / f"{config}-{name}" for name in ("one", "two")]
+    for first, second in runs.values():
+        ours, theirs = saved(first), saved(second)
+        assert len(theirs["ppo"]["rollouts"]) == 2
+        for name, tensor in ours["state_dict"].items():
+            torch.testing.assert_close(theirs["state_dict"][name], tensor, rtol=0, atol=1e-5)
+        for one, other in zip(metrics(first), metrics(second), strict=True):
+            for key, value in one.items():
+                if not key.startswith(("time/", "train/tokens", "train/trained")):
+                    assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model.reward", "rewards.odds"], "rewards has no 'odds': did you mean 'odd'?"),
+        (["--model.kl.coef", "-1"], "model.kl needs coef >= 0"),
+        (["--model.advantage", "GEA"], "no Advantage class is called 'GEA': did you mean"),
+        (["--model.num_minibatches", "9"], "a rollout has 4 prompts"),
+        (["--data.max_length", "3"], "none of 3 rows is a prompt within data.max_length=3 tokens"),
+    ],
+)
+def test_mistakes_are_one_sentence(ftlit, arguments, args, says):
+    assert ftlit(*arguments("ppo"), *args, "--run", "r") == 1
+    lines = [line for line in ftlit.err.splitlines() if line.startswith("ftlit: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in ftlit.err

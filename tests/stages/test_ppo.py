@@ -1,0 +1,444 @@
+"""PPO and its relatives: what a step is, what it computes, and that it learns."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from ftlit.data.prompts import PromptData
+from ftlit.errors import ConfigError
+from ftlit.forgetting import Replay
+from ftlit.objectives.advantages import GAE, GRPO, RLOO, ReMax
+from ftlit.objectives.kl import KLPenalty
+from ftlit.objectives.policy_gradient import CISPO, DAPO, GSPO, DrGRPO
+from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
+from ftlit.rollout.rewards import RewardShaping
+from ftlit.stages import PPO, SFT
+from ftlit.testing import tiny_lm, tiny_tokenizer
+
+STRATEGIES = {
+    "full": Full,
+    "lora": lambda: LoRA(rank=3, dropout=0.5),
+    "prefix": lambda: PrefixTuning(num_virtual_tokens=3),
+    "prompt": lambda: PromptTuning(num_virtual_tokens=3),
+}
+
+
+def odd(prompts, completions, **columns):
+    """How many characters have an odd code."""
+    return [sum(ord(character) % 2 for character in text) / 8 for text in completions]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(14):
+            turns = [{"role": "user", "content": "Say " + "so " * (number % 4) + str(number)}]
+            turns += [{"role": "assistant", "content": "abc"}] if number % 2 else []
+            file.write(json.dumps({"messages": turns, "number": number}) + "\n")
+    return str(path)
+
+
+class Record(L.Callback):
+    """What happened at each step."""
+
+    def __init__(self):
+        self.steps, self.grads, self.batches, self.found, self.coefs = [], [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, stage, optimizer):
+        self.grads.append({name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None})
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        self.steps.append(dict(stage.step_metrics))
+        self.batches.append(batch)
+        self.found.append(stage.loader.experience)
+
+
+def train(
+    rows, strategy=None, *, steps=8, dtype=torch.float32, data=None, callbacks=(), trainer=None, lm=None, **options
+):
+    torch.manual_seed(0)
+    options = {
+        "reward": odd, "max_new_tokens": 6, "lr": 1e-2, "schedule": "constant", "warmup": 0, **options
+    }  # fmt: skip
+    stage = PPO(policy=lm or tiny_lm("llama", dtype, vocab_size=259), peft=strategy or Full(), **options)
+    stage.tokenizer = tiny_tokenizer()
+    prompts = PromptData(train=rows, **{"batch_size": 6, **(data or {})})
+    record = Record()
+    settings = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, **(trainer or {})}
+    runner = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision="64-true" if dtype == torch.float64 else "32-true",
+        callbacks=[record, *callbacks], default_root_dir=rows.rsplit("/", 1)[0], **settings,
+    )  # fmt: skip
+    runner.fit(stage, prompts)
+    return stage, record, runner
+
+
+KINDS = {
+    "gae": {"advantage": GAE(), "num_answers": 1},
+    "gae_several": {"advantage": GAE(), "num_answers": 3, "value_detached": True, "kl": KLPenalty(0.2, "loss", "k3")},
+    "grpo": {"advantage": GRPO(), "loss": DAPO(), "num_answers": 3, "kl": KLPenalty(0.1, "loss", "k2")},
+    "dr_grpo": {"advantage": GRPO(std=False), "loss": DrGRPO(), "num_answers": 3, "entropy_coef": 0.1},
+    "rloo": {"advantage": RLOO(), "loss": GSPO(0.2, 0.2, length_normalized=False), "num_answers": 2},
+    "remax": {"advantage": ReMax(), "loss": CISPO(), "num_answers": 2},
+}
+
+
+# ---- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["gae", "grpo"])
+def test_the_first_ratio_of_every_rollout_is_exactly_one(rows, strategy, kind):
+    """Same path, same packs, no dropout: bit for bit; and before anything is learned the divergence is 0."""
+    options = {**KINDS[kind], "num_minibatches": 1, "update_epochs": 2}
+    _, record, _ = train(rows, STRATEGIES[strategy](), data={"max_tokens": 120}, **options)
+    assert len(record.batches[0].micro_batches) > 1
+    for number, step in enumerate(record.steps):
+        if number % 2 == 0:
+            assert step["val/ratio"] == 1.0
+            assert step["policy/approxkl"] == 0.0
+            assert step["policy/clipfrac"] == 0.0
+        else:
+            assert step["policy/approxkl"] > 0
+    if strategy in ("full", "lora"):  # virtual tokens are there from the start
+        assert record.steps[0]["objective/kl"] == 0.0
+    assert record.steps[2]["objective/kl"] != 0.0
+
+
+def logps_of(lm, prompt, answer):
+    """One answer at a time through the model's own logits: log-probabilities, entropies, last hidden states."""
+    ids = torch.tensor([[*prompt, *answer]])
+    out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
+    before = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    logps = torch.log_softmax(out.logits[0, before], -1)
+    return (
+        logps.gather(1, torch.tensor(answer)[:, None])[:, 0],
+        -(logps.exp() * logps).sum(-1),
+        out.hidden_states[-1][0, before],
+    )
+
+
+def text_of(stage, answer):
+    return stage.tokenizer.decode([token for token in answer if token != 2], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def greedy(lm, prompt, new=6):
+    """The greedy answer, by transformers."""
+    was, _ = lm.training, lm.eval()
+    out = lm.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, eos_token_id=2, pad_token_id=2)
+    lm.train(was)
+    return out[0, len(prompt) :].tolist()
+
+
+def textbook_advantages(kind, rewards, found, size, greedy_of, stage):
+    """The advantages of each answer's tokens; for GAE before they are whitened (values are 0)."""
+    out = []
+    for i, answer in enumerate(found.answers):
+        group = rewards[i // size * size : (i // size + 1) * size]
+        mean, count = sum(group) / size, len(answer)
+        if kind.startswith("gae"):
+            each = [rewards[i] * 0.95 ** (count - 1 - t) for t in range(count)]
+        elif kind == "remax":
+            each = [rewards[i] - odd(None, [text_of(stage, greedy_of(found.prompts[i // size]))])[0]] * count
+        elif kind == "rloo":
+            each = [rewards[i] - (sum(group) - rewards[i]) / (size - 1)] * count
+        else:
+            std = torch.tensor(group).double().std().item() + 1e-4 if kind == "grpo" else 1.0
+            each = [(rewards[i] - mean) / std] * count
+        out.append(torch.tensor(each, dtype=torch.float64))
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_textbook_gradient(rows, kind):
+    """The second step of a run, whose ratios are not 1, from the definitions: no packing, no flat tensors, float64."""
+    options = {**KINDS[kind], "num_minibatches": 1, "update_epochs": 2, "value_clip": None, "value_coef": 0.3}
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.05)  # noqa: E731
+    more = {"optimizer": sgd, "dtype": torch.float64, "trainer": {"gradient_clip_val": None}}
+    stage, record, _ = train(rows, steps=2, data={"max_tokens": 70}, **more, **options)
+    found, kl, loss = record.found[0], stage.kl, stage.policy_loss
+    assert any(answer[-1] == 2 for answer in found.answers) or len(found.answers) > 5
+    torch.manual_seed(0)
+    start = tiny_lm("llama", torch.float64, vocab_size=259)
+    torch.manual_seed(0)
+    lm = tiny_lm("llama", torch.float64, vocab_size=259)
+    size = stage.num_answers
+    with torch.no_grad():
+        old = [logps_of(start, found.prompts[i // size], answer)[0] for i, answer in enumerate(found.answers)]
+    texts = [text_of(stage, answer) for answer in found.answers]
+    # At the first rollout the divergence is 0, and so is the value: the penalty changes no advantage.
+    given = textbook_advantages(kind, odd(None, texts), found, size, lambda p: greedy(start, p), stage)
+    advantages, returns = given, given
+    if kind.startswith("gae"):
+        every = torch.cat(returns)
+        advantages = [(one - every.mean()) / (every.var() + 1e-8).sqrt() for one in returns]
+    torch.testing.assert_close(
+        found.tokens["advantages"],
+        torch.tensor([one for answer in advantages for one in answer]).double(),
+        rtol=1e-6,
+        atol=1e-7,
+    )  # rewards are float32
+    head = [
+        torch.zeros(16, dtype=torch.float64, requires_grad=True),
+        torch.zeros(1, dtype=torch.float64, requires_grad=True),
+    ]
+
+    def total_loss():
+        number = sum(map(len, found.answers))
+        terms = []
+        for i, answer in enumerate(found.answers):
+            logps, entropies, states = logps_of(lm, found.prompts[i // size], answer)
+            a = advantages[i]
+            ratios = (logps - old[i]).exp()
+            if kind == "rloo":
+                ratios = (logps - old[i]).sum().exp().expand(len(answer))
+            if kind == "remax":
+                each = -ratios.detach().clamp(max=5.0) * a * logps
+            else:
+                low, high = loss.low, loss.high
+                each = -torch.minimum(ratios * a, ratios.clamp(low, high) * a)
+            if kl.place == "loss":
+                apart = logps - old[i]  # the start is the policy that drew
+                each = each + kl.coef * (apart**2 / 2 if kl.estimator == "k2" else torch.exp(-apart) - 1 + apart)
+            each = each - stage.entropy_coef * entropies
+            if kind.startswith("gae"):
+                states = states.detach() if stage.value_detached else states
+                each = each + 0.3 * 0.5 * (states @ head[0] + head[1] - returns[i]) ** 2
+            if loss.reduction == "sequence":
+                terms.append(each.mean() / len(found.answers))
+            elif loss.reduction == "constant":
+                terms.append(each.sum() / (len(found.answers) * 6))
+            else:
+                terms.append(each.sum() / number)
+        return sum(terms)
+
+    names = dict(lm.named_parameters())
+    for step in range(2):
+        value = total_loss()
+        assert record.steps[step]["train/loss"] == pytest.approx(value.item(), abs=2e-7)
+        inputs = [*names.values(), *(head if kind.startswith("gae") else [])]
+        grads = torch.autograd.grad(value, inputs, allow_unused=True)
+        for name, grad in zip(
+            [f"policy.lm.{n}" for n in names] + ["value_head.weight", "value_head.bias"], grads, strict=False
+        ):
+            torch.testing.assert_close(record.grads[step][name], grad, rtol=0, atol=3e-7, msg=name)
+        with torch.no_grad():
+            for parameter, grad in zip(inputs, grads, strict=True):
+                parameter -= 0.05 * grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_a_step_is_cut_does_not_matter(rows, kind):
+    options = {**KINDS[kind], "dtype": torch.float64, "steps": 6}
+    whole, first, _ = train(rows, data={"max_tokens": None}, **options)
+    cut, second, _ = train(rows, data={"max_tokens": 45}, **options)
+    assert len(first.batches[0].micro_batches) == 1 < len(second.batches[0].micro_batches)
+    halves, third, _ = train(rows, data={"batch_size": 3}, trainer={"accumulate_grad_batches": 2}, **options)
+    for other, record in ((cut, second), (halves, third)):
+        for ours, theirs in zip(record.steps, first.steps, strict=True):
+            for key, value in theirs.items():
+                if not key.startswith(("time", "train/tokens", "train/trained")):
+                    assert ours[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(dict(other.named_parameters())[name], parameter, rtol=0, atol=1e-6)
+
+
+def test_exactly_the_drawn_tokens_are_trained(rows):
+    """The end token too, which is also the padding token; no token of a prompt."""
+    lm = tiny_lm("llama", vocab_size=259)
+    lm.generation_config.eos_token_id = list(range(2, 259, 6))  # many answers end
+    stage, record, _ = train(rows, lm=lm, steps=2, num_answers=2, num_minibatches=2, update_epochs=1, max_new_tokens=9)
+    ends, found = set(lm.generation_config.eos_token_id), record.found[0]
+    assert 0 < sum(answer[-1] in ends for answer in found.answers) < len(found.answers)
+    seen = []
+    for batch in record.batches:
+        for micro in batch.micro_batches:
+            for segment in micro.target_segments.unique().tolist():
+                at = micro.target_segments == segment
+                answer = micro.target_ids[at].tolist()
+                seen.append(answer)
+                parent = micro.segments.parents[segment]
+                offset, length = micro.segments.offsets[parent], micro.segments.lengths[parent]
+                prompt = micro.input_ids[0, offset : offset + length].tolist()
+                assert prompt == stage.data.rows["train"][micro.examples[segment]].input_ids
+                assert all(token not in ends for token in answer[:-1])
+                assert answer[-1] in ends or len(answer) == 9
+    assert sorted(seen) == sorted(found.answers)
+    assert record.steps[0]["answers/ended"] == sum(a[-1] in ends for a in found.answers) / len(found.answers)
+    assert record.batches[0].totals.weight + record.batches[1].totals.weight == sum(map(len, found.answers))
+
+
+# ---- what the steps mean --------------------------------------------------------------------------------------------
+
+
+def test_steps_epochs_and_rollouts(rows):
+    """14 prompts, 6 a rollout: 3 rollouts an epoch, 2 x 2 steps each; prompts go on across the end of an epoch."""
+    stage, record, runner = train(rows, steps=-1, trainer={"max_epochs": 2})
+    assert runner.global_step == stage.num_steps == 2 * 3 * 2 * 2
+    firsts = [found.first_step for found in record.found]
+    assert firsts == [step // 4 * 4 for step in range(24)]
+    assert [found.number for found in record.found] == [step // 4 for step in range(24)]
+    drawn = [row for found in record.found[::4] for row in found.rows]
+    assert set(Counter(drawn).values()) == {2, 3}  # 36 in all, and none a third time before all came twice
+    assert [row for place in range(3) for _, row in stage.order.rollout(place)][:14] != list(range(14))
+    assert "24 optimizer steps: 2 x 2 for each rollout of 6 prompts x 1 answers" in stage.steps_in_words(stage.data)
+    # A rollout's own numbers stand beside each of its steps.
+    scores = [step["objective/scores"] for step in record.steps]
+    assert scores == [scores[step // 4 * 4] for step in range(24)]
+    assert len(set(scores)) > 3
+    assert all("policy/approxkl" in step and "loss/value" in step for step in record.steps)
+
+
+def test_the_value_head_has_its_own_rate(rows):
+    stage, record, runner = train(rows, steps=2, lr=1e-2, value_lr=0.03)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in stage.value_head.parameters()} == {0.03}
+    assert {rates[id(p)] for p in stage.policy.parameters()} == {0.01}
+    assert record.steps[0]["train/lr"] == 0.01
+
+
+def test_every_minibatch_comes_once_in_each_pass_in_changing_order(rows):
+    _, record, _ = train(rows, steps=12, update_epochs=4, num_minibatches=3, lr=1e-5)
+    passes = [[batch.micro_batches[0].examples for batch in record.batches[i : i + 3]] for i in range(0, 12, 3)]
+    assert all(sorted(one) == sorted(passes[0]) for one in passes)
+    assert any(one != passes[0] for one in passes)
+
+
+def test_an_update_that_goes_too_far_is_cut_short(rows):
+    """The step count, and with it schedules and the end of the run, stay what they are."""
+    free, whole, _ = train(rows, steps=8, lr=0.05)
+    cut, record, runner = train(rows, steps=8, lr=0.05, target_kl=1e-3)
+    assert runner.global_step == 8
+    assert record.found[-1].number > whole.found[-1].number
+    for step, found, after in zip(record.steps, record.found, record.found[1:], strict=False):
+        if step["policy/approxkl"] > 1e-3:
+            assert after.number == found.number + 1
+    assert free.rollouts.seconds["rollout"] > 0
+    assert cut.rollouts.seconds["update"] > 0
+
+
+def test_validation_counts_optimizer_steps_and_is_greedy(rows):
+    seen = []
+
+    class Seen(L.Callback):
+        def on_validation_end(self, trainer, stage):
+            values = stage.start_metrics if trainer.sanity_checking else stage.last_metrics
+            seen.append((trainer.global_step, values, stage.policy.lm.state_dict()["model.norm.weight"].clone()))
+
+    more = {"num_sanity_val_steps": -1, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    stage, _, _ = train(rows, steps=7, data={"validation": 0.25}, callbacks=[Seen()], trainer=more)
+    assert [step for step, *_ in seen] == [0, 3, 6, 7]
+    assert set(seen[0][1]) == {"val/reward", "val/kl", "val/length", "val/ended"}
+    assert seen[0][1]["val/kl"] == 0.0
+    assert seen[-1][1]["val/kl"] > 0.0
+    # The last validation again by hand: greedy answers of the model as it is.
+    held_out = stage.data.rows["validation:main"]
+    assert len(held_out) == 4
+    texts = [text_of(stage, greedy(stage.policy.lm, row.input_ids)) for row in held_out]
+    total = sum(odd(None, texts))
+    assert seen[-1][1]["val/reward"] == pytest.approx(total / 4, abs=1e-6)
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_see_turns_answers_and_columns(rows):
+    calls = []
+
+    def reward(prompts, completions, number, reference, **columns):
+        calls.append((prompts, completions, number, reference))
+        return [float(n) for n in number]
+
+    def other(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    options = {
+        "reward": [reward, other],
+        "reward_weights": [2.0, -1.0],
+        "num_answers": 2,
+        "shaping": RewardShaping(clip=9.0),
+    }
+    _, record, _ = train(rows, steps=1, **options)
+    prompts, completions, numbers, references = calls[0]
+    assert len(prompts) == len(completions) == 12
+    assert numbers[::2] == numbers[1::2]
+    for prompt, number, reference in zip(prompts, numbers, references, strict=True):
+        assert [turn["role"] for turn in prompt] == ["user"]
+        assert prompt[0]["content"].endswith(str(number))
+        assert reference == ("abc" if number % 2 else None)
+    mean = sum(2.0 * number - 1 for number in numbers) / 12
+    assert record.steps[0]["objective/scores"] == pytest.approx(mean)
+    assert record.steps[0]["rewards/reward"] == pytest.approx(sum(numbers) / 12)
+    assert record.steps[0]["objective/rlhf_reward"] == pytest.approx(sum(min(2.0 * n - 1, 9.0) for n in numbers) / 12)
+    kept = [json.loads(line) for line in Path(rows).with_name("rollouts.jsonl").read_text().split("\n") if line]
+    assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
+
+
+def test_the_weight_of_the_penalty_is_steered(rows):
+    options = {"kl": KLPenalty(coef=0.1, target=1e-3), "lr": 0.05, "update_epochs": 1, "num_minibatches": 1}
+    _, record, _ = train(rows, steps=6, **options)
+    coef = 0.1
+    for step in record.steps:
+        assert step["objective/kl_coef"] == pytest.approx(coef)
+        coef *= 1 + 0.1 * min(max(step["objective/kl"] / 1e-3 - 1, -0.2), 0.2)
+    assert coef > 0.1
+
+
+def test_replay_beside_the_rollouts(rows):
+    """Added rows are counted against the trained tokens, reach the loss, and weight 0 is as if they were not there."""
+    sft = rows.replace("rows.jsonl", "sft.jsonl")
+    with open(sft, "w") as file:
+        for number in range(9):
+            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * (number % 3 + 1)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    make = lambda weight: Replay(sft, objective="ce", ratio=0.5, weight=weight)  # noqa: E731
+    plain, first, _ = train(rows, steps=8)
+    none, _, _ = train(rows, steps=8, callbacks=[make(0.0)])
+    _, record, _ = train(rows, steps=8, callbacks=[make(1.0)])
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(dict(none.named_parameters())[name], parameter), name
+    tokens = sum(step["forgetting/replay/tokens"] for step in record.steps)
+    own = sum(batch.totals.targets for batch in record.batches)
+    assert abs(tokens - 0.5 * own) < 12
+    losses = [step["forgetting/replay/loss"] for step in record.steps if "forgetting/replay/loss" in step]
+    assert losses[-1] < losses[0]
+    assert record.steps[0]["loss/policy"] == pytest.approx(first.steps[0]["loss/policy"], abs=1e-6)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"reward": None}, "model.reward is missing"),
+        ({"reward_weights": [1.0, 2.0]}, "one number for each of 1 rewards"),
+        ({"reward": "nowhere.check"}, "no module 'nowhere'"),
+        ({"advantage": GRPO()}, "num_answers must be at least 2 with GRPO, got 1"),
+        ({"update_epochs": 0}, "update_epochs must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"value_clip": 0.0}, "value_clip must be positive or left out"),
+        ({"entropy_coef": -1.0}, "entropy_coef must be at least 0"),
+    ],
+)
+def test_settings_out_of_range(options, says):
+    with pytest.raises(ConfigError, match=says):
+        PPO(policy=tiny_lm(), **{"reward": odd, **options})
+
+
+def test_settings_that_do_not_go_together(rows):
+    with pytest.raises(ConfigError, match="num_minibatches is 9, but a rollout has 6 prompts"):
+        train(rows, num_minibatches=9)
+    stage = SFT(policy=tiny_lm())
+    stage.tokenizer = tiny_tokenizer()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, **quiet)
+    with pytest.raises(ConfigError, match="goes with PPO, not with SFT"):
+        trainer.fit(stage, PromptData(train=rows))
