@@ -345,12 +345,12 @@ class Stage(L.LightningModule):
                 self._hooks.append(hook)
         if isinstance(self.trainer.train_dataloader, StepLoader):
             self.trainer.train_dataloader.taken = self.trainer.global_step
-        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self._validates_here():
+        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self.validates_here():
             self.trainer.validating = True  # the run was stopped between this step and the end of its validation
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
 
-    def _validates_here(self) -> bool:
+    def validates_here(self) -> bool:
         """Whether Lightning validates after the optimizer step that was taken last."""
         trainer, step = self.trainer, self.trainer.global_step
         if not trainer.enable_validation or step == 0:
