@@ -95,7 +95,9 @@ class ClassificationData(SFTData):
                 try:
                     record: Any = source.record(row)
                 except DataError:
-                    rows.append(None)  # said when the row is tokenized
+                    if self.on_bad_row == "error":
+                        raise
+                    rows.append(None)  # counted when the row is tokenized
                     continue
                 if not isinstance(record, LabelledRow):
                     raise ConfigError(f"data.format {type(source.row_format).__name__} reads no labels.")

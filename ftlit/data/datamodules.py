@@ -513,7 +513,7 @@ class SFTData(L.LightningDataModule):
 
     def _eval_loader(self, examples: Sequence[Example]) -> EvalLoader:
         world, rank = self._ranks()
-        return EvalLoader(examples, self.batch_size, self._cap(), rank, world)
+        return self.eval_loader(examples, self.batch_size, self._cap(), rank, world)
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ftlit.batch import Example, PackedBatch, Segments, StepBatch
-from ftlit.data.formats import Conversation, Text
+from ftlit.data.formats import Completion, Conversation, Text
 from ftlit.data.formats.classification import LabelledRow
 from ftlit.data.packing import EvalLoader, Step, StepLoader
 from ftlit.data.plain import opening_tokens
@@ -25,8 +25,8 @@ MARK = 0
 class LabelTemplate(ChatTemplate):
     """Tokens of labelled rows: those that plain transformers makes of them.
 
-    A text gets the tokenizer's own special tokens. A conversation is rendered whole, without what the template puts
-    after its last token that is not white space.
+    A text gets the tokenizer's own special tokens. A completion ends in the end token, where there is one. A
+    conversation is rendered whole, without the white space that the template puts after its last token.
     """
 
     def encode(self, record: Any) -> list[Example]:
@@ -37,14 +37,17 @@ class LabelTemplate(ChatTemplate):
         ids = self.tokens(record.content)
         return [Example([*ids, MARK], [0.0] * len(ids) + [record.weight])]
 
-    def tokens(self, content: Conversation | Text) -> list[int]:
-        """The tokens of a conversation or text.
+    def tokens(self, content: Conversation | Completion | Text) -> list[int]:
+        """The tokens of a conversation, a text, or a text with what goes on from it.
 
         Raises:
             DataError: If the template refuses it.
         """
-        if isinstance(content, Text):
-            return list(self.tokenizer(content.text, verbose=False)["input_ids"])
+        if isinstance(content, Completion) and self.tokenizer.eos_token_id is not None:
+            return list(self._completion(content).input_ids)
+        if not isinstance(content, Conversation):
+            text = content.text if isinstance(content, Text) else content.prompt + content.completion
+            return list(self.tokenizer(text, verbose=False)["input_ids"])
         return self._tokenize([self.render(content.messages, tools=content.tools).rstrip()])[0]
 
     def ends(self) -> tuple[list[int], list[int]]:

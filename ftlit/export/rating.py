@@ -11,26 +11,26 @@ from ftlit.data.formats import Comparison, Completion, Conversation, RowFormat, 
 from ftlit.data.formats.classification import Classification, LabelledRow
 from ftlit.data.sources import Source, with_system
 from ftlit.errors import DataError
-from ftlit.export.scorer import SequenceScorer
+from ftlit.export.scorer import Content, SequenceScorer
 
 _CHUNK = 256
 
 
-class Content(NamedTuple):
+class Rated(NamedTuple):
     """Something to be scored.
 
     Attributes:
         row: The number of its row, from 0.
-        content: A conversation or a text.
+        content: A conversation, a text, or a text with what goes on from it.
         shown: What stands for it in the output.
     """
 
     row: int
-    content: Conversation | Text
+    content: Content
     shown: dict[str, Any]
 
 
-def contents_of(name: str) -> list[Content]:
+def contents_of(name: str) -> list[Rated]:
     """What is in the rows of a file: of a preference row each answer with its prompt, else the whole row.
 
     Args:
@@ -40,7 +40,7 @@ def contents_of(name: str) -> list[Content]:
         DataError: If it cannot be read.
     """
     source = Source(name, choose=_choose)
-    found: list[Content] = []
+    found: list[Rated] = []
     for row in range(len(source)):
         record: Any = source.record(row)
         if isinstance(record, LabelledRow):
@@ -48,10 +48,9 @@ def contents_of(name: str) -> list[Content]:
         answers = record.answers if isinstance(record, Comparison) else (record,)
         for number, answer in enumerate(answers):
             place = {"answer": number + 1} if len(answers) > 1 else {}
-            content = Text(answer.prompt + answer.completion) if isinstance(answer, Completion) else answer
-            if isinstance(content, Conversation) and not content.messages:
+            if isinstance(answer, Conversation) and not answer.messages:
                 raise DataError(f"{source.where(row)}: an answer has no turn to score.")
-            found.append(Content(row, content, {**_shown(content), **place}))
+            found.append(Rated(row, answer, {**_shown(answer), **place}))
     return found
 
 
@@ -65,13 +64,15 @@ def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowF
     return detect(columns, where, answers=answers)
 
 
-def _shown(content: Conversation | Text) -> dict[str, Any]:
+def _shown(content: Content) -> dict[str, Any]:
     if isinstance(content, Text):
         return {"text": content.text}
+    if isinstance(content, Completion):
+        return {"prompt": content.prompt, "completion": content.completion}
     return {"messages": [message.turn() for message in content.messages]}
 
 
-def rate(scorer: SequenceScorer, contents: Sequence[Content], system: str | None = None) -> Iterator[Mapping[str, Any]]:
+def rate(scorer: SequenceScorer, contents: Sequence[Rated], system: str | None = None) -> Iterator[Mapping[str, Any]]:
     """One object a row or answer: its number, what it is, and what the model says.
 
     A model with one output gives a `score`; others the likeliest `label` and the `probabilities`, or, where a row can
@@ -100,9 +101,9 @@ def rate(scorer: SequenceScorer, contents: Sequence[Content], system: str | None
             yield {**line, **chosen, "probabilities": dict(zip(outputs, shares, strict=True))}
 
 
-def _with_system(content: Conversation | Text, system: str | None) -> Conversation | Text:
+def _with_system(content: Content, system: str | None) -> Content:
     changed: Any = with_system(content, system)
     return changed
 
 
-__all__ = ["Content", "contents_of", "rate"]
+__all__ = ["Rated", "contents_of", "rate"]

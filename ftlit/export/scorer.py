@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.batch import Example, pack
-from ftlit.data.formats import Conversation, Message, Text
+from ftlit.data.formats import Completion, Conversation, Message, Text
 from ftlit.data.labels import LabelTemplate, shortened
 from ftlit.errors import ConfigError, nearest
 from ftlit.export.opening import Opened, is_run, open_model
@@ -22,6 +22,10 @@ from ftlit.rollout.verifiers import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Content = Conversation | Completion | Text
+"""What a classifier can read."""
 
 
 class SequenceScorer:
@@ -69,13 +73,13 @@ class SequenceScorer:
         names = self.lm.config.id2label
         return [names[number] for number in range(len(names))]
 
-    def tokens(self, content: Conversation | Text) -> list[int]:
-        """What the model reads of a conversation or text.
+    def tokens(self, content: Content) -> list[int]:
+        """What the model reads of a conversation, a text, or a text with what goes on from it.
 
         Raises:
             DataError: If the template refuses it.
         """
-        if isinstance(content, Text):
+        if not isinstance(content, Conversation):
             ids = self.template.tokens(content)
         else:
             text = self.template.render(content.messages, tools=content.tools)
@@ -86,7 +90,7 @@ class SequenceScorer:
         return ids
 
     @torch.no_grad()
-    def __call__(self, contents: Sequence[Conversation | Text]) -> Tensor:
+    def __call__(self, contents: Sequence[Content]) -> Tensor:
         """Logits of each, `[N, L]`, in their order; float32, on the CPU."""
         rows = [self.tokens(content) for content in contents]
         if any(not row for row in rows):
@@ -232,10 +236,10 @@ class RewardScorer(Verifier):
         return self.scorer(contents)[:, self._output].tolist() if contents else []
 
 
-def _content(prompt: str | Sequence[Any], completion: str) -> Conversation | Text:
+def _content(prompt: str | Sequence[Any], completion: str) -> Content:
     """A prompt with its answer."""
     if isinstance(prompt, str):
-        return Text(prompt + completion)
+        return Completion(prompt, completion)
     turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
     return Conversation((*turns, Message("assistant", completion)))
 
@@ -245,4 +249,4 @@ def _message(turn: Any) -> Message:
     return Message(turn["role"], turn["content"], more=more or None)
 
 
-__all__ = ["RewardScorer", "SequenceScorer", "open_classifier"]
+__all__ = ["Content", "RewardScorer", "SequenceScorer", "open_classifier"]

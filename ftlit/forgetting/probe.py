@@ -170,7 +170,8 @@ class ForgettingProbe(ForgettingControl):
     def _target(self, data: Any) -> Documents | None:
         """A few of the run's own validation rows; None without any."""
         name = self._validation(data)
-        return None if name is None else _first(data.sets[f"validation:{name}"], self.max_tokens // 4)
+        examples = data.sets.get(f"validation:{name}")  # prompts without answers have none
+        return None if examples is None else _first(examples, self.max_tokens // 4)
 
     @staticmethod
     def _validation(data: Any) -> str | None:

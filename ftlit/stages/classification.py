@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Classification(ScalarStage):
     Raises:
         ConfigError: If a number is out of range, or the data have no labels.
     """
+
+    loss_unit: ClassVar[str] = "nats a row"
 
     def __init__(
         self,

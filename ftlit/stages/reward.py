@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -41,6 +41,8 @@ class RewardModel(ScalarStage):
         objective: Loss of each pair; `BradleyTerry` when left out.
         kwargs: Arguments of every stage.
     """
+
+    loss_unit: ClassVar[str] = "nats a pair"
 
     def __init__(self, *args: Any, objective: RewardLoss | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

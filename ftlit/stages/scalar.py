@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from ftlit.batch import StepTotals
@@ -48,7 +49,21 @@ class ScalarStage(ValidatedStage):
             lm.config.get_text_config().pad_token_id = pad_token(self.tokenizer)
         if self.gradient_checkpointing:
             recompute_activations(lm)
-        return ScalarPolicy(lm, self.strategy, new)
+        policy = ScalarPolicy(lm, self.strategy, new)
+        self._say_head(policy, new, seed)
+        return policy
+
+    @rank_zero_only
+    def _say_head(self, policy: ScalarPolicy, new: list[str], seed: int) -> None:
+        names = self.outputs
+        outputs = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        kept = [name for name in policy.head if name not in new]
+        parts = [f"{', '.join(new)} drawn anew with seed {seed}"] if new else []
+        parts += [f"{', '.join(kept)} from the checkpoint"] if kept else []
+        place = "first token" if reads_first(policy.lm) else "last token"
+        pad = policy.lm.config.get_text_config().pad_token_id
+        known = "" if pad is None or reads_first(policy.lm) else f" that is not the pad token {pad}"
+        print(f"head       {'; '.join(parts)}; reads the {place}{known}; {len(names)} outputs: {outputs}", flush=True)
 
     def _refuse_controls(self) -> None:
         for control in self.controls if self._trainer is not None else ():
