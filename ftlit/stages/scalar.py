@@ -62,8 +62,9 @@ class ScalarStage(ValidatedStage):
         parts += [f"{', '.join(kept)} from the checkpoint"] if kept else []
         place = "first token" if reads_first(policy.lm) else "last token"
         pad = policy.lm.config.get_text_config().pad_token_id
+        count = "1 output" if len(names) == 1 else f"{len(names)} outputs"
         known = "" if pad is None or reads_first(policy.lm) else f" that is not the pad token {pad}"
-        print(f"head       {'; '.join(parts)}; reads the {place}{known}; {len(names)} outputs: {outputs}", flush=True)
+        print(f"head       {'; '.join(parts)}; reads the {place}{known}; {count}: {outputs}", flush=True)
 
     def configure_callbacks(self) -> list[Any]:
         """Refuses callbacks that ask the model for tokens; those that only look at its weights are fine.
