@@ -18,6 +18,8 @@ _HOMES = {
     "PreferenceData": "ftlit.data.preferences",
     "SFTData": "ftlit.data.datamodules",
     "ClassificationData": "ftlit.data.classification",
+    "PPO": "ftlit.stages.ppo",
+    "PromptData": "ftlit.data.prompts",
     "PEFTStrategy": "ftlit.peft.base",
     "Full": "ftlit.peft.full",
     "LoRA": "ftlit.peft.lora",

@@ -48,7 +48,7 @@ def _share(text: str) -> float:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
-    parser.add_argument("--base", help="base model of an adapter folder, where not the one it names")
+    parser.add_argument("--base", help="base model of a run or an adapter, where not the one it names")
     parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run (default: last)")
 
 

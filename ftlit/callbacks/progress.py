@@ -87,10 +87,13 @@ class Progress(ProgressBar):
             return
         values = getattr(pl_module, "start_metrics" if trainer.sanity_checking else "last_metrics", {})
         losses = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss"))
-        if losses:
+        rewards = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith(("/reward", "/kl")))
+        unit = getattr(pl_module, "loss_unit", "nats a trained token")
+        shown = [f"{losses} ({unit})"] if losses else []
+        shown += [f"{rewards} (kl: nats an answer)"] if rewards else []
+        if shown:
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"
-            unit = getattr(pl_module, "loss_unit", "nats a trained token")
-            print(f"{chr(13) if sys.stdout.isatty() else ''}{when}: {losses} ({unit})", flush=True)
+            print(f"{chr(13) if sys.stdout.isatty() else ''}{when}: {'  '.join(shown)}", flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -41,8 +41,12 @@ _SHOWN = {
     "verifier": "mean score",
     "length": "tokens",
     "end_rate": "share that ended by itself",
+    "reward": "mean of the greedy answers",
+    "kl": "nats an answer, from the start",
+    "ended": "share that ended by itself",
 }
-_DRAWN = ("exact_match", "f1", "rouge_l", "verifier")
+_DRAWN = ("exact_match", "f1", "rouge_l", "verifier", "reward", "objective/scores")
+_SCORES = ("gen/", "val/", "objective/")
 _MARKS = "os^Dvp*"
 
 
@@ -115,10 +119,10 @@ class Report(L.Callback):
         memory = memory_of_ranks(trainer)
         if not trainer.is_global_zero:
             return
-        if self._first in (None, trainer.global_step):
+        folder = Path(trainer.default_root_dir)
+        if self._first in (None, trainer.global_step) and (folder / "summary.json").exists():
             print(f"nothing was left to train: the run already has its {trainer.global_step} steps", flush=True)
             return
-        folder = Path(trainer.default_root_dir)
         steps = trainer.global_step - (self._first or 0)
         summary = self._summary(trainer, pl_module, memory)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -259,7 +263,7 @@ def draw(folder: Path, unit: str = "nats a trained token") -> Path | None:
     """
     series = curves(folder / "metrics.csv")
     losses = {key: points for key, points in series.items() if key.endswith("loss")}
-    scores = {key: points for key, points in series.items() if key.startswith("gen/") and key.endswith(_DRAWN)}
+    scores = {key: points for key, points in series.items() if key.startswith(_SCORES) and key.endswith(_DRAWN)}
     if not losses:
         return None
     import matplotlib
@@ -330,7 +334,7 @@ def curves(table: Path) -> dict[str, list[tuple[int, float]]]:
 def _left_in(folder: Path, pictures: Sequence[Path]) -> list[str]:
     """What a run left behind, as it is."""
     names = ["summary.json", "metrics.csv", *(picture.name for picture in pictures)]
-    names += sorted(path.name for path in folder.glob("samples*.jsonl"))
+    names += sorted(path.name for name in ("samples*.jsonl", "rollouts.jsonl") for path in folder.glob(name))
     return [*names, *(f"{name}/" for name in ("checkpoints", "adapter") if (folder / name).exists())]
 
 

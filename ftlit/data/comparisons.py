@@ -132,9 +132,9 @@ class Comparisons(Stored):
 
         Args:
             length: Most tokens of a prompt and an answer, at least 2.
-            truncate: `start`: the prompt keeps its end, so much of it as the longest answer leaves room for, but half
-                of `length` if the prompt is that long; answers that are still too long lose their ends. `end`: prompt
-                and answer lose what is beyond `length`. `drop`: longer comparisons go.
+            truncate: `start`: the prompt keeps its end, so much of it as the longest answer leaves room for, but at
+                least a quarter of `length`; answers that are still too long lose their ends. `end`: prompt and answer
+                lose what is beyond `length`. `drop`: longer comparisons go.
 
         Returns:
             The comparisons that are left, and what happened to the others.
@@ -192,7 +192,7 @@ def _cut(
     if truncate == "drop":
         return "long", changes
     if truncate == "start":
-        left = min(own, max(length - longest, length // 2))
+        left = min(own, max(length - longest, length // 4))
         starts[prompt] = stops[prompt] - left
     else:
         left = min(own, length)

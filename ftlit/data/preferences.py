@@ -43,8 +43,8 @@ class PreferenceData(SFTData):
     Args:
         args: Arguments of `SFTData`.
         truncate: What is cut from a prompt and an answer that are longer than `max_length` together: the `start` of the
-            prompt (half of `max_length` is left to it; answers that are still too long lose their ends), their `end`,
-            or the whole row (`drop`).
+            prompt (a quarter of `max_length` is left to it; answers that are still too long lose their ends), their
+            `end`, or the whole row (`drop`).
         rankings: Of more than two answers, whether each better one is compared with each worse one (`all`), or the
             best one with all others (`best`).
         kwargs: Arguments of `SFTData`; `batch_size` counts rows.

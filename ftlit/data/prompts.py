@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from ftlit.batch import Example
 from ftlit.data.datamodules import SFTData, as_conversation
 from ftlit.data.formats import Completion, Conversation, Message, Record, RowFormat
 from ftlit.data.sources import Source
@@ -28,19 +29,26 @@ class PromptRow(NamedTuple):
         messages: Its turns.
         reference: The answer that the row holds as its last assistant turn, or None.
         columns: The row's own columns.
-        where: File and row.
+        source: Where the row comes from.
+        number: Its number there.
     """
 
     input_ids: list[int]
     messages: tuple[Message, ...]
     reference: str | None
     columns: Mapping[str, Any]
-    where: str
+    source: Source
+    number: int
 
     @property
     def turns(self) -> list[dict[str, Any]]:
         """The turns as the chat APIs write them."""
         return [message.turn() for message in self.messages]
+
+    @property
+    def where(self) -> str:
+        """File and row."""
+        return self.source.where(self.number)
 
 
 class PromptOrder:
@@ -213,6 +221,12 @@ class PromptData(SFTData):
             if isinstance(file, str) and f"validation:{name}" not in self.rows:
                 self._keep(f"validation:{name}", f"validation ({name})", self._read("validation", [file]))
 
+    @override
+    def held_out(self, name: str) -> list[tuple[Source, int, Record]]:
+        self.load_train()
+        rows = self.rows[f"validation:{name}"]
+        return [(row.source, row.number, self._record(row.source, row.number)) for row in rows]
+
     def _read(self, what: str, files: Sequence[str | None]) -> list[PromptRow]:
         """The rows of some files as prompts, of any length."""
         found: list[PromptRow] = []
@@ -225,18 +239,17 @@ class PromptData(SFTData):
                     if self.on_bad_row == "error":
                         raise
                     refused.append(str(error))
-            self._list(source, refused)
+            self.list_skipped(source, refused)
         return found
 
     def _row(self, source: Source, index: int) -> PromptRow:
-        record = source.record(index)
+        record = self._record(source, index)
         with source.at(index):
-            record = self._changed(source, record)
             messages, ids = as_conversation(record).messages, self.template.prompt_of(record)
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        return PromptRow(ids, messages, reference, columns, source.where(index))
+        return PromptRow(ids, messages, reference, columns, source, index)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:
         """Makes a set of the rows that are short enough, and counts it."""
@@ -257,8 +270,22 @@ class PromptData(SFTData):
             )
         self.lines[key] = "; ".join([line, *notes])
         self.rows[key] = kept
-        lengths_only: Any = kept
-        self.sets[key] = lengths_only  # for who asks for the lengths of the training rows
+        if key == "train":
+            lengths_only: Any = kept
+            self.sets[key] = lengths_only  # for who asks for the lengths of the training rows
+        elif known := [example for row in kept for example in self._answered(row)]:
+            self.sets[key] = known  # for who measures the target domain by its answers
+
+    def _answered(self, row: PromptRow) -> list[Example]:
+        """A prompt with the answer of its row, as training would see it; nothing without one."""
+        record = row.source.answered(row.number)
+        if record is None or row.reference is None:
+            return []
+        with row.source.at(row.number):
+            made = self.template.encode(self._changed(row.source, record))
+        return [
+            example for example in made[-1:] if example.num_targets > 0 and len(example.input_ids) <= self.max_length
+        ]
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 

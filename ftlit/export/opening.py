@@ -56,16 +56,14 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
 
     Args:
         name: A hub id, a model folder, a GGUF file, a run folder, or an adapter folder.
-        base: The base model of an adapter folder, where not the one it names.
+        base: The base model of an adapter folder or a run, where it is no longer the one that these name.
         which: `last` or `best` checkpoint of a run.
 
     Raises:
         ConfigError: If it cannot be opened.
     """
     if is_run(name):
-        if base is not None:
-            raise ConfigError(f"--base goes with an adapter folder; the run {name} says itself what its base is.")
-        return _open_run(Path(name), which)
+        return _open_run(Path(name), base, which)
     if is_adapter(name):
         config = read_config(name)
         base = base or config.get("base_model_name_or_path")
@@ -76,7 +74,7 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
         lm = load_lm(base)
         return Opened(lm.eval(), load_adapter(lm, name), load_tokenizer(base), base)
     if base is not None:
-        raise ConfigError(f"--base goes with an adapter folder, and {name} is none.")
+        raise ConfigError(f"--base goes with a run or an adapter folder, and {name} is neither.")
     if is_classifier(name):
         lm, _ = load_classifier(name)
         return Opened(lm.eval(), None, load_tokenizer(name), name, head=tuple(head_names(lm)))
@@ -100,7 +98,7 @@ def _open_head_adapter(folder: Path, base: str) -> Opened:
     return Opened(lm, strategy, tokenizer, base, head=tuple(head))
 
 
-def _open_run(folder: Path, which: str) -> Opened:
+def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         settings = config["model"]["init_args"]
@@ -111,21 +109,24 @@ def _open_run(folder: Path, which: str) -> Opened:
     if not path.exists():
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise ConfigError(f"run {folder} has no checkpoint {which!r}; it has: {', '.join(kept) or 'none'}.")
+    policy = base or settings["policy"]
+    if base is None and Path(policy).is_absolute() and not Path(policy).exists():
+        raise ConfigError(f"run {folder} was trained on {policy}, which is not there (any more); give --base.")
     checkpoint = read_checkpoint(path)
     strategy = _strategy(settings.get("peft"))
     trust = bool(settings.get("trust_remote_code"))
     about = checkpoint.get("ftlit", {}).get("classifier")
     if about is None:
-        lm, head = load_lm(settings["policy"], trust_remote_code=trust), []
+        lm, head = load_lm(policy, trust_remote_code=trust), []
         strategy.apply(lm)
     else:
-        lm, new = load_classifier(settings["policy"], about["outputs"], trust_remote_code=trust)
+        lm, new = load_classifier(policy, about["outputs"], trust_remote_code=trust)
         lm.config.get_text_config().pad_token_id = about["pad_token_id"]
         lm.config.problem_type = about["problem_type"]
         head = ScalarPolicy(lm, strategy, new).head
     state = checkpoint["state_dict"]
     _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
-    tokenizer = load_tokenizer(settings["policy"], bool(settings.get("trust_remote_code")))
+    tokenizer = load_tokenizer(policy, bool(settings.get("trust_remote_code")))
     if data.get("chat_template") or not tokenizer.chat_template:
         from ftlit.data.templating import ChatTemplate
 
@@ -135,7 +136,7 @@ def _open_run(folder: Path, which: str) -> Opened:
         system = system and system.replace("{{" + key + "}}", value)
     if head:
         tokenizer = classifier_tokenizer(tokenizer, about["pad_token_id"])
-    return Opened(lm.eval(), strategy, tokenizer, settings["policy"], system, tuple(head))
+    return Opened(lm.eval(), strategy, tokenizer, policy, system, tuple(head))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -132,6 +132,12 @@ class Rewards:
         said = [verify(function, prompts, completions, columns) for function in self.functions]
         return torch.tensor(said, dtype=torch.float32).reshape(len(said), len(completions))
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves the rewards that are models."""
+        for function in self.functions:
+            if hasattr(function, "to"):
+                function.to(device)
+
     def weighted(self, said: Tensor) -> Tensor:
         """The weighted sum, `[S]`."""
         return torch.tensor(self.weights, dtype=said.dtype) @ said

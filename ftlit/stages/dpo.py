@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class DPO(ValidatedStage):
     Raises:
         ConfigError: If there is no such loss.
     """
+
+    loss_unit: ClassVar[str] = "nats a pair"
 
     def __init__(
         self,

@@ -158,11 +158,16 @@ class PPO(Stage):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keeps the answers in `rollouts.jsonl`."""
-        return [RolloutSamples()]
+        return [*super().configure_callbacks(), RolloutSamples()]
 
     def lr_factor(self, name: str) -> float:
         """The value head has a rate of its own."""
         return self.value_lr / self.lr if name.startswith("value_head.") else super().lr_factor(name)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The value head's own come last: the rate that is logged is the policy's."""
+        value = set() if self.value_head is None else set(map(id, self.value_head.parameters()))
+        return sorted(super().parameter_groups(), key=lambda group: {id(p) for p in group["params"]} <= value)
 
     def setup(self, stage: str) -> None:
         """Checks that the data are prompts, and enough of them."""

@@ -124,6 +124,7 @@ class Rollouts:
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
         said = torch.zeros(len(stage.rewards.functions), 0)
         if rows:
+            stage.rewards.to(stage.device)
             with isolate_rng():  # a reward may draw too
                 said = stage.rewards([row.turns for row in repeated], [self.text(one) for one in answers], columns)
         return Answered(rows, answers, said, Experience(prompts, numbers, [one.drawn for one in answers], owners))

@@ -3,7 +3,15 @@
 from importlib import import_module
 from typing import Any
 
-from ftlit.testing.tiny import ENCODERS, FAMILIES, tiny_classifier, tiny_examples, tiny_lm, tiny_tokenizer
+from ftlit.testing.tiny import (
+    ENCODERS,
+    FAMILIES,
+    tiny_classifier,
+    tiny_comparisons,
+    tiny_examples,
+    tiny_lm,
+    tiny_tokenizer,
+)
 
 __all__ = [
     "ENCODERS",
@@ -12,6 +20,7 @@ __all__ = [
     "RowFormatSuite",
     "VerifierSuite",
     "tiny_classifier",
+    "tiny_comparisons",
     "tiny_examples",
     "tiny_lm",
     "tiny_tokenizer",

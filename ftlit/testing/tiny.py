@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftlit.batch import Example
+from ftlit.data.comparisons import Comparisons
+from ftlit.data.store import Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -141,6 +143,36 @@ def tiny_examples(lengths: Sequence[int] = (9, 4, 4, 12, 7), vocabulary: int = 2
         prompt = max(1, length // 2)
         examples.append(Example(ids, [0.0] * prompt + [1.0] * (length - prompt)))
     return examples
+
+
+def tiny_comparisons(
+    sizes: Sequence[Sequence[int]] = ((4, 5, 3), (9, 2, 7), (3, 6, 6), (5, 1, 4), (2, 8, 3), (7, 3, 2), (1, 2, 2)),
+    vocabulary: int = 250,
+    seed: int = 0,
+    *,
+    grades: Sequence[Sequence[float]] | None = None,
+    margin: float = 0.0,
+    weight: float = 1.0,
+) -> Comparisons:
+    """Random answers to random prompts, each with all its tokens trained.
+
+    Args:
+        sizes: For each comparison the tokens of the prompt and of each answer, the best first.
+        vocabulary: Tokens are drawn below this.
+        seed: Seed of the tokens.
+        grades: How good the answers of each comparison are, where not the best first.
+        margin: By how much the better answers are better.
+        weight: How much a comparison counts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pieces, rows = [], []
+    for row, (prompt, *answers) in enumerate(sizes):
+        values = [margin, *(range(len(answers), 0, -1) if grades is None else grades[row])]
+        for place, (length, value) in enumerate(zip((prompt, *answers), values, strict=True)):
+            ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+            pieces.append(Example(ids, [weight if place else 0.0] * length, value))
+            rows.append(row)
+    return Comparisons(Examples.of(pieces, rows, [False] * len(pieces)))
 
 
 CHAT_TEMPLATE = (

@@ -296,6 +296,14 @@ def test_steps_epochs_and_rollouts(rows):
     assert all("policy/approxkl" in step and "loss/value" in step for step in record.steps)
 
 
+def test_the_value_head_has_its_own_rate(rows):
+    stage, record, runner = train(rows, steps=2, lr=1e-2, value_lr=0.03)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in stage.value_head.parameters()} == {0.03}
+    assert {rates[id(p)] for p in stage.policy.parameters()} == {0.01}
+    assert record.steps[0]["train/lr"] == 0.01
+
+
 def test_every_minibatch_comes_once_in_each_pass_in_changing_order(rows):
     _, record, _ = train(rows, steps=12, update_epochs=4, num_minibatches=3, lr=1e-5)
     passes = [[batch.micro_batches[0].examples for batch in record.batches[i : i + 3]] for i in range(0, 12, 3)]
