@@ -9,11 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPO": "ftlit.stages.dpo",
     "SFT": "ftlit.stages.sft",
+    "Classification": "ftlit.stages.classification",
+    "RewardModel": "ftlit.stages.reward",
+    "RewardScorer": "ftlit.export.scorer",
     "Stage": "ftlit.stages.base",
+    "PreferenceData": "ftlit.data.preferences",
     "SFTData": "ftlit.data.datamodules",
     "PPO": "ftlit.stages.ppo",
     "PromptData": "ftlit.data.prompts",
+    "ClassificationData": "ftlit.data.classification",
     "PEFTStrategy": "ftlit.peft.base",
     "Full": "ftlit.peft.full",
     "LoRA": "ftlit.peft.lora",

@@ -18,6 +18,7 @@ TRAINING = {
 MODELS = {
     "generate": "answer prompts with a model, a run or an adapter",
     "chat": "talk with a model, a run or an adapter",
+    "score": "rate answers with a reward model, or label texts with a classifier",
     "export": "write the merged model or the adapter of a run",
     "configs": "list the shipped configs",
 }

@@ -22,6 +22,37 @@ from torch import Tensor
 PrefixKV = dict[int, tuple[Tensor, Tensor]]
 
 
+class Pair(NamedTuple):
+    """One answer that is preferred to another one.
+
+    Attributes:
+        better: The better answer: its number among the answers of an example, or its segment in a batch; -1 where an
+            answer is only said to be bad.
+        worse: The worse answer, likewise; -1 where one is only said to be good.
+        weight: How much the pair counts.
+        margin: By how much the better answer is better; 0 where nobody said.
+    """
+
+    better: int
+    worse: int
+    weight: float = 1.0
+    margin: float = 0.0
+
+
+class Answers(NamedTuple):
+    """Several answers to one prompt, in one example: its tokens are those of the prompt, then those of each answer.
+
+    Every answer goes on from the prompt as if the others were not there.
+
+    Attributes:
+        lengths: Tokens of each answer.
+        pairs: Which answer is preferred to which.
+    """
+
+    lengths: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+
+
 class Example(NamedTuple):
     """One tokenized example.
 
@@ -29,10 +60,14 @@ class Example(NamedTuple):
         input_ids: Tokens: a list, or a NumPy array of whole numbers.
         weights: One number a token: how much predicting **this** token counts; 0 is not trained. `weights[0]` is 0,
             because nothing predicts the first token. A list, or a NumPy array.
+        value: A number that its row gave it, such as the grade of an answer.
+        answers: Where the example is several answers to one prompt: what they are.
     """
 
     input_ids: Sequence[int] | np.ndarray
     weights: Sequence[float] | np.ndarray
+    value: float = 0.0
+    answers: Answers | None = None
 
     @property
     def num_targets(self) -> int:
@@ -77,6 +112,14 @@ class Segments:
             chain.append(index)
         return chain[::-1]
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that any example has: of a segment, its ancestors and itself."""
+        return max(
+            length + sum(self.lengths[parent] for parent in self.ancestors(number))
+            for number, length in enumerate(self.lengths)
+        )
+
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yields `(first, count)`: neighbours of one length without parents, one attention call."""
         first = 0
@@ -106,6 +149,7 @@ class PackedBatch:
         target_weights: How much each target counts, float32 `[N]`.
         target_segments: The segment each target belongs to, int64 `[N]`.
         examples: For each segment the index of its row in the data set, -1 for a filler that counts nothing.
+        pairs: Which segments are answers that are preferred to others; a filler's have weight 0.
         sources: For each segment where its row comes from: 0 are the rows of the stage, 1 and more those that controls
             added (see `ftlit.data.added`).
         inputs_embeds: Embedded tokens `[1, T, D]` when a strategy adds virtual tokens, else None.
@@ -123,6 +167,7 @@ class PackedBatch:
         target_weights: Tensor,
         target_segments: Tensor,
         examples: tuple[int, ...],
+        pairs: tuple[Pair, ...] = (),
         sources: tuple[int, ...] = (),
         inputs_embeds: Tensor | None = None,
         extras: Mapping[str, Tensor] | None = None,
@@ -135,6 +180,7 @@ class PackedBatch:
         self.target_weights = target_weights
         self.target_segments = target_segments
         self.examples = examples
+        self.pairs = pairs
         self.sources = sources or (0,) * len(segments)
         self.inputs_embeds = inputs_embeds
         self.extras = dict(extras or {})
@@ -196,6 +242,11 @@ class PackedBatch:
             target_segments=renumber[left.target_segments],
             examples=tuple(self.examples[old] for old in keep),
             sources=tuple(self.sources[old] for old in keep),
+            pairs=tuple(
+                pair._replace(better=new.get(pair.better, -1), worse=new.get(pair.worse, -1))
+                for pair in self.pairs
+                if max(pair.better, pair.worse) in new
+            ),
             inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, taken],
         )
 
@@ -230,26 +281,65 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None, sour
         raise ValueError(f"each example needs an index, got {len(examples)} examples and {len(numbers)} indices")
     if any(example.weights[0] for example in examples):
         raise ValueError("the first token of an example cannot be trained: nothing predicts it")
-    lengths = [len(example.input_ids) for example in examples]
+    layout = _Layout(examples)
     ids = _joined([example.input_ids for example in examples], np.int64)
     weights = _joined([example.weights for example in examples], None)
     if len(weights) != len(ids):
         raise ValueError(f"each token needs a weight, got {len(ids)} tokens and {len(weights)} weights")
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    starts = np.cumsum([0, *lengths[:-1]])
+    owners = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    starts = np.cumsum([0, *layout.lengths[:-1]])
     (places,) = np.nonzero(weights)
+    before = places - 1  # but the first token of an answer is predicted by the last one of its prompt
+    opens = places == starts[owners[places]]
+    before[opens] = [starts[p] + layout.lengths[p] - 1 for p in np.asarray(layout.parents)[owners[places[opens]]]]
+    shifts = [layout.lengths[parent] if parent >= 0 else 0 for parent in layout.parents]
+    numbers = tuple(numbers[example] for example in layout.examples)
     real = np.asarray(numbers) >= 0
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.arange(len(ids)) - starts[owners])[None],
-        segments=Segments(lengths),
-        target_positions=torch.from_numpy(places - 1),
+        position_ids=torch.from_numpy(np.arange(len(ids)) - (starts - shifts)[owners])[None],
+        segments=Segments(layout.lengths, layout.parents),
+        target_positions=torch.from_numpy(before),
         target_ids=torch.from_numpy(ids[places]),
         target_weights=torch.from_numpy((weights[places] * real[owners[places]]).astype(np.float32)),
         target_segments=torch.from_numpy(owners[places]),
         examples=numbers,
-        sources=tuple(sources),
+        pairs=tuple(
+            pair if numbers[max(pair.better, pair.worse)] >= 0 else pair._replace(weight=0.0) for pair in layout.pairs
+        ),
+        sources=tuple(sources[example] for example in layout.examples) if sources else (),
     )
+
+
+class _Layout:
+    """The segments of some examples: one an example, or one for the prompt and one for each of its answers.
+
+    Attributes:
+        lengths: Tokens of each segment.
+        parents: The segment each goes on from, or -1.
+        examples: The example each belongs to.
+        pairs: The pairs of all examples, by segment.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.examples: list[int] = []
+        self.pairs: list[Pair] = []
+        for number, example in enumerate(examples):
+            answers = () if example.answers is None else example.answers.lengths
+            first = len(self.lengths)
+            self.lengths += [len(example.input_ids) - sum(answers), *answers]
+            self.parents += [-1, *[first] * len(answers)]
+            self.examples += [number] * (1 + len(answers))
+            if example.answers is not None:
+                self.pairs += [_moved(pair, first + 1) for pair in example.answers.pairs]
+
+
+def _moved(pair: Pair, by: int) -> Pair:
+    """A pair whose numbers begin at another one."""
+    better, worse = (place + by if place >= 0 else -1 for place in pair[:2])
+    return pair._replace(better=better, worse=worse)
 
 
 def _joined(parts: Sequence[Any], dtype: Any) -> np.ndarray:

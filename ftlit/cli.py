@@ -27,13 +27,14 @@ from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.callbacks.wandb import WandB
 from ftlit.cli_errors import explain, rows_given
-from ftlit.data import datamodules, formats, prompts
+from ftlit.data import classification, datamodules, formats, preferences, prompts
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
+from ftlit.export import scorer
 from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
-from ftlit.objectives import advantages, policy_gradient
-from ftlit.objectives import sft as objectives
+from ftlit.objectives import advantages, dpo, policy_gradient, preference_sums, reference_free, sft
+from ftlit.objectives import reward as reward_objectives
 from ftlit.rollout import generator
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
@@ -43,16 +44,8 @@ RUN_VARIABLE = "FTLIT_RUN"
 
 # Imported, so that their classes are known by short name.
 COMPONENTS = (
-    advantages,
-    callbacks,
-    datamodules,
-    forgetting,
-    formats,
-    generator,
-    objectives,
-    peft,
-    policy_gradient,
-    prompts,
+    *(advantages, callbacks, classification, datamodules, dpo, forgetting, formats, generator, peft, policy_gradient),
+    *(preference_sums, preferences, prompts, reference_free, reward_objectives, scorer, sft),
 )
 
 

@@ -149,16 +149,23 @@ def sentence(message: str, keys: list[str]) -> str:
         return f"{found[1]} belongs to no option; several values are written as --option '[one, two]'."
     if found := re.search(r"does not accept option '([^']+)'", message):
         return _unknown(found[1], keys, "key ")
-    path, owner, base, kinds = [], "", "", ""
+    path, owner, base, kinds, given = [], "", "", "", ""
     for line in message.splitlines():
+        if found := re.search(r"Expected a path but ([\w.]+\.\w+) either", line):
+            given = found[1]  # the next line says of which kind it should be
+            continue
         if found := re.search(r'Parser key "([^"]+)"', line):
             path.append(found[1])
         elif found := re.search(r"Problem with given class_path '([^']+)'", line):
             owner = found[1]
+            if wrong := _own_class(owner, base):
+                return f"{'.'.join(path)}: {wrong}"
         elif found := re.search(r"Subtypes: \[(.*)\]$", line):
             names = re.findall(r"[\w.]+\.\w+", found[1].replace("typing.", "").replace("collections.abc.", ""))
             base = names[-1] if names else ""
             kinds = "" if names else found[1]
+            if wrong := _own_class(given, base):
+                return f"{'.'.join(path)}: {wrong}"
         elif kinds and (found := re.search(r"Given value: (.*)", line)):
             value = re.sub(r"^NestedArg\(key='.*', val=(.*)\)$", r"\1", found[1])
             return f"{'.'.join(path)} must be {_kinds(kinds)}, got {value.strip(chr(39))!r}."
@@ -239,6 +246,32 @@ def _import(path: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return None
+
+
+def _own_class(class_path: str, base: str) -> str:
+    """What is wrong with a class of the user's own; empty where nothing is, or where there is no such file."""
+    module, _, name = class_path.rpartition(".")
+    if not module:
+        return ""
+    try:
+        found = import_module(module)
+    except ImportError:
+        return ""
+    except SyntaxError as error:
+        return f"{Path(error.filename or module).name}, line {error.lineno}: {error.msg}."
+    except Exception as error:  # whatever a file of one's own does when it is imported
+        return f"{module} cannot be imported: {type(error).__name__}: {error}."
+    cls, kind = getattr(found, name, None), _import(base)
+    if cls is None:
+        own = [key for key, value in vars(found).items() if isinstance(value, type) and value.__module__ == module]
+        return f"{module} has no {name}: {nearest(name, own)}"
+    if not isinstance(cls, type) or not isinstance(kind, type):
+        return ""
+    if not issubclass(cls, kind):
+        return f"{class_path} is no {kind.__name__}; let it be a subclass of {base.replace('.base.', '.')}."
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        return f"{class_path} lacks {', '.join(missing)}, which every {kind.__name__} must have."
+    return ""
 
 
 def _arguments(class_path: str) -> list[str]:

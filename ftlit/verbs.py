@@ -1,4 +1,4 @@
-"""The verbs that use a model: generate, chat, export; and the list of shipped configs.
+"""The verbs that use a model: generate, chat, score, export; and the list of shipped configs.
 
 Arguments are parsed with the standard library, so help and mistakes answer before torch is imported.
 """
@@ -48,7 +48,7 @@ def _share(text: str) -> float:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
-    parser.add_argument("--base", help="base model of an adapter folder, where not the one it names")
+    parser.add_argument("--base", help="base model of a run or an adapter, where not the one it names")
     parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run (default: last)")
 
 
@@ -74,7 +74,8 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    return {"generate": _generate, "chat": _chat, "export": _export, "configs": _configs}[args[0]](args[1:])
+    verbs = {"generate": _generate, "chat": _chat, "score": _score, "export": _export, "configs": _configs}
+    return verbs[args[0]](args[1:])
 
 
 def _configs(args: list[str]) -> int:
@@ -87,11 +88,14 @@ def _configs(args: list[str]) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> Opened:
+def _open(options: argparse.Namespace, generates: bool = True) -> Opened:
     _quiet()
     from ftlit.export.opening import open_model
 
-    return open_model(options.model, options.base, options.which)
+    opened = open_model(options.model, options.base, options.which)
+    if opened.head and generates:
+        raise ConfigError(f"{options.model} is a classifier and writes no text; use ftlit score.")
+    return opened
 
 
 def _quiet() -> None:
@@ -249,6 +253,42 @@ def _chat(args: list[str]) -> int:
             turns.append(Message("assistant", answer))
 
 
+def _score(args: list[str]) -> int:
+    parser = _Parser(
+        "ftlit score",
+        description="Rate the answers of rows with a reward model, or label rows with a classifier: one JSON object a "
+        "row, what was read with its score (label and probabilities).",
+    )
+    _model_arguments(parser)
+    parser.add_argument(
+        "--rows", required=True, help="conversations, preference rows or texts: a file (.json, .jsonl, .csv, ...)"
+    )
+    parser.add_argument("--output", help="write the JSON objects to this file instead of the screen")
+    parser.add_argument("--max_length", type=_count, help="most tokens of a row; the model's own limit when left out")
+    parser.add_argument(
+        "--truncate", choices=["start", "end"], default="start", help="what a longer row loses (default: start)"
+    )
+    parser.add_argument("--max_tokens", type=_count, default=4096, help="most tokens of a batch (default: 4096)")
+    options = parser.parse_args(args)
+    from ftlit.export.rating import contents_of, rate
+    from ftlit.export.scorer import SequenceScorer, open_classifier
+
+    contents = contents_of(options.rows)  # before the model: mistakes answer at once
+    _quiet()
+    opened = open_classifier(options.model, options.base, options.which)
+    scorer = SequenceScorer(opened, options.max_length, options.truncate, options.max_tokens)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else sys.stdout
+        for line in rate(scorer, contents, opened.system):
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+    cut = f"; {scorer.shortened} lost their {options.truncate}" if scorer.shortened else ""
+    if options.output:
+        print(f"{len(contents)} rows scored in {options.output}{cut}")
+    elif cut:
+        print(f"{len(contents)} rows scored{cut}", file=sys.stderr)
+    return 0
+
+
 def _export(args: list[str]) -> int:
     parser = _Parser(
         "ftlit export", description="Write the merged model (safetensors, tokenizer, chat template) or the adapter."
@@ -258,7 +298,7 @@ def _export(args: list[str]) -> int:
     parser.add_argument("--adapter", action="store_true", help="write the adapter folder instead of the merged model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     options = parser.parse_args(args)
-    opened = _open(options)
+    opened = _open(options, generates=False)
     from ftlit.export.writing import write_adapter, write_model
 
     if options.adapter:

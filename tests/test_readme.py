@@ -1,13 +1,20 @@
 """The README is true: its extension recipes run, its commands exist, its paths are there."""
 
+import inspect
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from ftlit.__main__ import MODELS, TRAINING
+from ftlit.callbacks import GenerationEval
+from ftlit.data.datamodules import SFTData
+from ftlit.data.formats import BUILT_IN, detect
+from ftlit.data.reading import SUFFIXES
 from ftlit.shipped import names
-from ftlit.testing import PEFTStrategySuite, RowFormatSuite
+from ftlit.stages import SFT, Stage
+from ftlit.testing import PEFTStrategySuite, RowFormatSuite, VerifierSuite
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def recipe(name):
-    (block,) = [block for block in BLOCKS if f"class {name}(" in block]
+    (block,) = [block for block in BLOCKS if f"class {name}(" in block or f"def {name}(" in block]
     scope = {"__name__": "mine"}
     exec(block, scope)
     return scope[name]
@@ -34,6 +41,34 @@ class TestQAOfTheReadme(RowFormatSuite):
 
     def make(self):
         return recipe("QA")()
+
+
+class TestTheVerifierOfTheReadme(VerifierSuite):
+    columns: ClassVar = {"reference": [None, None]}
+    right = ("Here it is. Thanks!", "goodbye")
+    wrong = ("Thanks, here it is.", "")
+
+    def make(self):
+        return recipe("ends_politely")
+
+
+def test_the_table_of_row_formats():
+    """The columns that are named choose the format that is named."""
+    table = re.findall(r"^\| (`.*?) \| `(\w+)` \|", README, re.M)
+    assert {kind for _, kind in table} == {kind.__name__ for kind in BUILT_IN}
+    for columns, kind in table:
+        needed = re.findall(r"`(\w+)`", columns.split(";")[0].split("(")[0])
+        assert type(detect(needed, "rows")).__name__ == kind
+
+
+def test_suffixes_and_settings_exist():
+    for suffix in SUFFIXES:
+        assert suffix == ".ndjson" or f"`{suffix}`" in README
+    kinds = {"data": SFTData, "model": SFT, "trainer.callbacks": GenerationEval}
+    for place, kind in kinds.items():
+        known = set(inspect.signature(kind).parameters) | set(inspect.signature(Stage).parameters)
+        for name in re.findall(rf"--{place}\.(\w+)", README):
+            assert name in known, f"{place}.{name}"
 
 
 def test_the_objective_of_the_readme():

@@ -46,7 +46,8 @@ class SaveAdapter(L.Callback):
         name = stage.name_of_policy
         base = str(Path(name).resolve()) if Path(name).exists() else name
         folder = Path(trainer.default_root_dir) / "adapter" / which
-        save_adapter(stage.strategy, stage.policy.lm, folder, base, write=trainer.is_global_zero)
+        head = getattr(stage.policy, "head", ())
+        save_adapter(stage.strategy, stage.policy.lm, folder, base, write=trainer.is_global_zero, head=head)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Keeps the best."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ Values = Mapping[str, float | None]
 Series = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def domains_of(values: Values) -> list[str]:
-    """Names of the sets that a probe measured, the target rows first."""
+def domains_of(values: Iterable[str]) -> list[str]:
+    """Names of the sets that a probe measured, the target rows first.
+
+    Args:
+        values: Names of metrics.
+    """
     names = [key.split("/")[1] for key in values if key.startswith(_PREFIX) and key.endswith("/nll")]
     return sorted(names, key=lambda name: name != TARGET)
 
@@ -39,6 +43,12 @@ def learnt_and_lost(start: Values, end: Values) -> list[str]:
         name, *numbers, verdict = row
         cells = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=False)]
         lines.append(f"{name:<{max(10, widths[0])}} {'  '.join(cells)}  {verdict}".rstrip())
+    fell = [row[0] for row in rows[1:] if row[-1] == "loss fell"]
+    if fell:
+        lines.append(
+            f"note       {', '.join(fell)}: a lower loss does not mean that nothing was lost; KL and `same choice` say "
+            "how much the model has changed there, and a domain `self` (its own text) what it has lost."
+        )
     return lines
 
 
@@ -73,7 +83,7 @@ def verdict(low: float, high: float, learnt: bool = False) -> str:
     if low > 0:
         return "worse" if learnt else "forgotten"
     if high < 0:
-        return "learnt" if learnt else "better"
+        return "learnt" if learnt else "loss fell"
     return "no change seen"
 
 
@@ -110,15 +120,14 @@ def draw(folder: Path, series: Series, limit: float | None = None) -> list[Path]
         series: Values of each metric by optimizer step.
         limit: The change that is allowed, nats a token.
     """
-    changes = {key.split("/")[1]: key for key in series if key.startswith(_PREFIX) and key.endswith("/change")}
-    domains = {name: key for name, key in changes.items() if name not in (TARGET, "worst", "weights")}
-    if not any(len(series[key]) > 1 for key in domains.values()):
+    domains = {name: f"{_PREFIX}{name}/change" for name in domains_of(series) if name != TARGET}
+    if not any(len(series.get(key, ())) > 1 for key in domains.values()):
         return []
     import matplotlib
 
     matplotlib.use("Agg")
     drawn = [_draw_changes(folder, series, domains, limit)]
-    if TARGET in changes and "worst" in changes:
+    if f"{_PREFIX}{TARGET}/change" in series:
         drawn.append(_draw_plane(folder, series, limit))
     return drawn
 
@@ -136,7 +145,7 @@ def _draw_changes(folder: Path, series: Series, domains: Mapping[str, str], limi
             where, low, high = zip(*band, strict=True)
             axes.fill_between(where, low, high, color=line.get_color(), alpha=0.18, lw=0)
     _forgetting_axis(axes, limit)
-    axes.set_title(f"{folder.absolute().name}: what is forgotten while it learns")
+    axes.set_title(f"{folder.absolute().name}: what is forgotten while it learns (above 0: forgotten)")
     axes.set_xlabel("optimizer step (bands: 95 % intervals over documents)")
     axes.locator_params(axis="x", integer=True)
     axes.legend(loc="best")
@@ -154,28 +163,33 @@ def _draw_plane(folder: Path, series: Series, limit: float | None) -> Path:
     x, y = [-learnt[step] for step in steps], [worst[step] for step in steps]
     below = [worst[step] - band.get(step, (worst[step],))[0] for step in steps]
     above = [band.get(step, (worst[step],))[-1] - worst[step] for step in steps]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
-    axes.plot(x, y, color="0.7", lw=1.2, zorder=2)
-    axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor="0.6", lw=1, capsize=2, zorder=2)
-    marks = axes.scatter(x, y, c=steps, cmap="viridis", s=45, zorder=3)
-    for place in _labelled(steps):
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.errorbar(
+        x, y, yerr=[below, above], color="tab:blue", ecolor="0.65", marker="o", ms=6, lw=1.2, elinewidth=1, capsize=2
+    )
+    for place in _apart(x, y):
         name = "start" if steps[place] == 0 else f"step {steps[place]}"
-        axes.annotate(name, (x[place], y[place]), xytext=(7, 6), textcoords="offset points", fontsize=9)
-    figure.colorbar(marks, ax=axes, label="optimizer step", pad=0.13)
+        axes.annotate(name, (x[place], y[place]), xytext=(8, 6), textcoords="offset points", fontsize=9)
     _forgetting_axis(axes, limit)
     if limit is not None:
         axes.legend(loc="best")
     axes.axvline(0, color="0.4", lw=0.8)
-    axes.set_title(f"{folder.absolute().name}: what was learnt against what was lost (best: far right, low)")
-    axes.set_xlabel("learnt: the target's held-out loss fell by (nats a token)")
-    axes.set_ylabel("forgotten: the worst domain's loss rose by (nats a token)")
+    axes.margins(x=0.1)
+    axes.set_title(f"{folder.absolute().name}: learnt against forgotten (best: far right, not above 0)")
+    axes.set_xlabel("learnt: loss of the target's held-out rows fell by (nats a token)")
+    axes.set_ylabel("forgotten: loss of the worst\ndomain rose by (nats a token)")
     return _saved(figure, folder / "learn_forget.png")
 
 
-def _labelled(steps: Sequence[int]) -> list[int]:
-    """Which marks get a name: the first, the last, and a few between them that lie apart."""
-    last = len(steps) - 1
-    return sorted({0, last, *(last * part // 4 for part in (1, 2, 3))}) if last > 4 else list(range(len(steps)))
+def _apart(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """Which marks get a name: the last, the first, and of the others those that lie apart from named ones."""
+    wide, high = (max(max(values) - min(values), 1e-12) for values in (x, y))
+    named: list[int] = []
+    for place in dict.fromkeys([len(x) - 1, 0, *range(len(x))]):
+        near = (abs(x[place] - x[one]) < 0.13 * wide and abs(y[place] - y[one]) < 0.07 * high for one in named)
+        if not any(near):
+            named.append(place)
+    return named
 
 
 def _band(series: Series, key: str) -> list[tuple[int, float, float]]:
@@ -190,7 +204,7 @@ def _forgetting_axis(axes: Any, limit: float | None) -> None:
     if limit is not None:
         name = f"budget: +{limit:.4f} nats, perplexity {math.expm1(limit):+.1%}"
         axes.axhline(limit, color="tab:red", lw=1.5, ls="--", label=name)
-    axes.set_ylabel("change of the loss (nats a token); above 0 is forgotten")
+    axes.set_ylabel("change of the loss (nats a token)")
     axes.grid(alpha=0.3)
     right = axes.secondary_yaxis("right", functions=(_percent, _nats))
     right.set_ylabel("change of perplexity (%)")

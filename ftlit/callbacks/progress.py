@@ -88,7 +88,8 @@ class Progress(ProgressBar):
         values = getattr(pl_module, "start_metrics" if trainer.sanity_checking else "last_metrics", {})
         losses = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith("loss"))
         rewards = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.endswith(("/reward", "/kl")))
-        shown = [f"{losses} (nats a trained token)"] if losses else []
+        unit = getattr(pl_module, "loss_unit", "nats a trained token")
+        shown = [f"{losses} ({unit})"] if losses else []
         shown += [f"{rewards} (kl: nats an answer)"] if rewards else []
         if shown:
             when = "before training" if trainer.sanity_checking else f"step {trainer.global_step}"

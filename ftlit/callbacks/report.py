@@ -33,7 +33,8 @@ _KEPT_FULL, _KEPT_FROZEN = 19.4, 17.5
 
 # What the table at the end shows, and what it is measured in.
 _SHOWN = {
-    "loss": "nats a trained token",
+    "loss": "",
+    "auroc": "mean over the labels",
     "exact_match": "share",
     "f1": "mean",
     "rouge_l": "mean",
@@ -118,10 +119,10 @@ class Report(L.Callback):
         memory = memory_of_ranks(trainer)
         if not trainer.is_global_zero:
             return
-        if self._first in (None, trainer.global_step):
+        folder = Path(trainer.default_root_dir)
+        if self._first in (None, trainer.global_step) and (folder / "summary.json").exists():
             print(f"nothing was left to train: the run already has its {trainer.global_step} steps", flush=True)
             return
-        folder = Path(trainer.default_root_dir)
         steps = trainer.global_step - (self._first or 0)
         summary = self._summary(trainer, pl_module, memory)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -138,12 +139,12 @@ class Report(L.Callback):
         if summary["generation_seconds"]:
             share = summary["generation_seconds"] / summary["seconds"]
             lines.append(f"generation {summary['generation_seconds']:.0f} s, {share:.0%} of the run")
-        lines += before_and_after(summary["start"], summary["end"])
+        lines += before_and_after(summary["start"], summary["end"], pl_module.loss_unit)
         lines += forgetting_report.learnt_and_lost(summary["start"], summary["end"])
         probe = next(iter(_probes(trainer)), None)
         if probe is not None:
             lines += forgetting_report.notes(probe, summary["seconds"])
-        curve = draw(folder)
+        curve = draw(folder, pl_module.loss_unit)
         pictures = [curve] if curve else []
         pictures += forgetting_report.draw(folder, curves(folder / "metrics.csv"), getattr(probe, "limit", None))
         lines.append(f"kept in    {folder}: {', '.join(_left_in(folder, pictures))}")
@@ -227,12 +228,22 @@ def memory_of_ranks(trainer: L.Trainer) -> list[int]:
     return peaks
 
 
-def before_and_after(start: dict[str, float | None], end: dict[str, float | None]) -> list[str]:
-    """A table of what was measured before and after training: the losses and the main scores of the answers."""
-    keys = [key for key in dict.fromkeys([*start, *end]) if key.rsplit("/", 1)[-1] in _SHOWN]
+def before_and_after(
+    start: dict[str, float | None], end: dict[str, float | None], unit: str = "nats a trained token"
+) -> list[str]:
+    """A table of what was measured before and after training: the losses and the main scores.
+
+    Args:
+        start: Metrics before training.
+        end: Metrics after it.
+        unit: What the losses are measured in.
+    """
+    every = dict.fromkeys([*start, *end])
+    keys = [key for key in every if key.rsplit("/", 1)[-1] in _SHOWN or f"{key}_low" in every]
     rows = [("", "before", "after", "")]
     for key in sorted(keys, key=lambda key: key.startswith("gen/")):
-        note = _SHOWN[key.rsplit("/", 1)[-1]]
+        name = key.rsplit("/", 1)[-1]
+        note = unit if name == "loss" else _SHOWN.get(name, "")
         if end.get(f"{key}_low") is not None:
             low, high = end[f"{key}_low"], end[f"{key}_high"]
             note = f"95 % interval {number(low)} to {number(high)} afterwards"
@@ -243,8 +254,13 @@ def before_and_after(start: dict[str, float | None], end: dict[str, float | None
     return [f"{key:<{first}} {before:>10} {after:>10}  {note}".rstrip() for key, before, after, note in rows]
 
 
-def draw(folder: Path) -> Path | None:
-    """Draws `loss.png` from `metrics.csv`: the losses, and below them the scores of answers; None without losses."""
+def draw(folder: Path, unit: str = "nats a trained token") -> Path | None:
+    """Draws `loss.png` from `metrics.csv`: the losses, and below them the scores of answers; None without losses.
+
+    Args:
+        folder: The run folder.
+        unit: What the losses are measured in.
+    """
     series = curves(folder / "metrics.csv")
     losses = {key: points for key, points in series.items() if key.endswith("loss")}
     scores = {key: points for key, points in series.items() if key.startswith(_SCORES) and key.endswith(_DRAWN)}
@@ -258,6 +274,7 @@ def draw(folder: Path) -> Path | None:
     panels = 2 if scores else 1
     figure, axes = plt.subplots(panels, 1, figsize=(8, 4.5 * panels), dpi=120, sharex=True, squeeze=False)
     _losses(axes[0, 0], losses)
+    axes[0, 0].set_ylabel(f"loss ({unit})")
     axes[0, 0].set_title(folder.absolute().name)
     if scores:
         for key, points in scores.items():
@@ -293,7 +310,6 @@ def _losses(axes: Any, losses: dict[str, list[tuple[int, float]]]) -> None:
         )
         if long:
             axes.plot(steps, moving_mean(values, len(values) // 25), color="0.35", lw=1.5, label="train/loss, smoothed")
-    axes.set_ylabel("loss (nats a trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from ftlit.batch import Example
 from ftlit.data.added import AddedRows
-from ftlit.data.formats import Conversation, Message, Record, RowFormat, Text
+from ftlit.data.formats import Comparison, Conversation, Message, Record, RowFormat, Text, detect
 from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.sources import Source, fill, refuse_placeholders, with_system
 from ftlit.data.statistics import CUT, EMPTY, LONG, Statistics, also_in, duplicates, table
-from ftlit.data.store import Joined, Truncate, check_truncate
+from ftlit.data.store import Joined, Stored, Truncate, check_truncate
 from ftlit.data.templating import ChatTemplate, TrainOn, mark
 from ftlit.data.tokenizing import Tokenized, tokenize
 from ftlit.errors import ConfigError, DataError, nearest
@@ -71,6 +71,8 @@ class SFTData(L.LightningDataModule):
         ConfigError: If a setting is out of range.
     """
 
+    step_loader: ClassVar[type[StepLoader]] = StepLoader
+    eval_loader: ClassVar[type[EvalLoader]] = EvalLoader
     needs_answers: ClassVar[bool] = True
     """Whether rows must have an answer to train on."""
 
@@ -170,7 +172,7 @@ class SFTData(L.LightningDataModule):
         world, rank = self._ranks()
         stage = getattr(self.trainer, "lightning_module", None)
         accumulate = getattr(stage, "accumulate", 1)
-        loader = StepLoader(self.sets["train"], self.planner(accumulate, world), rank)
+        loader = self.step_loader(self.sets["train"], self.planner(accumulate, world), rank)
         loader.taken = getattr(self.trainer, "global_step", 0)
         loader.repeat = bool(getattr(self.trainer, "overfit_batches", 0))  # the same steps in every epoch
         return loader
@@ -182,12 +184,16 @@ class SFTData(L.LightningDataModule):
             batch_size=self.batch_size,
             accumulate=accumulate,
             world=world,
-            max_tokens=self.max_tokens,
+            max_tokens=self._cap(),
             shuffle=self.shuffle,
             seed=self.seed,
             mixture=self.mixture,
             added_rows=self.added_rows,
         )
+
+    def _cap(self) -> int | None:
+        """Most tokens in a micro-batch."""
+        return self.max_tokens
 
     def val_dataloader(self) -> list[EvalLoader]:
         """One loader a validation set, in the order of `validation_names`."""
@@ -326,7 +332,8 @@ class SFTData(L.LightningDataModule):
             if file is None:
                 raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
             answers = self.needs_answers and what != "predict"
-            sources.append(Source(file, self.row_format, self.columns, prefer, answers=answers))
+            wanted: dict[str, Any] = {"answers": answers, "choose": self._choose}
+            sources.append(Source(file, self.row_format, self.columns, prefer, **wanted))
             for note in sources[-1].notes:
                 self._say(note)
         found = {column for source in sources for table in source.tables for column in table.columns}
@@ -337,6 +344,11 @@ class SFTData(L.LightningDataModule):
                     f"{nearest(column, found)}"
                 )
         return sources
+
+    @staticmethod
+    def _choose(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
+        """The format that fits some columns."""
+        return detect(columns, where, answers=answers)
 
     def _changed(self, source: Source, record: Record) -> Record:
         record = fill(with_system(record, self.system), self.fill)
@@ -444,22 +456,9 @@ class SFTData(L.LightningDataModule):
             counts.rows = int(taken.sum()) + counts.refused
             counts.read_as, counts.unread = one.source.read_as(), one.source.unread()
             counts.drop(EMPTY, int((taken & (one.split == 0)).sum()))
-            examples = one.examples.take(taken[one.examples.rows])
-            documents = len(np.unique(examples.rows[examples.windowed]))
-            counts.split_rows = int((taken & (one.split > 1)).sum())
-            cut, over = examples.cut(self.max_length, self.truncate)
-            if self.truncate == "drop":
-                counts.drop(LONG, int(over.sum()))
-            else:
-                counts.truncated = int(over.sum())
-            windows = int(cut.windowed.sum())
-            if windows > documents:
-                counts.windowed_rows, counts.windows = documents, windows
-            trained = cut.measures().targets > 0
-            counts.drop(CUT, int((~trained).sum()))
-            cut = cut.take(trained)
-            counts.measure(cut.measures())
-            parts.append(cut)
+            part = self._fitted(key, one, taken, counts)
+            counts.measure(part.measures())
+            parts.append(part)
             each.append(counts)
         total = Statistics(label)
         for counts in each:
@@ -471,6 +470,28 @@ class SFTData(L.LightningDataModule):
         self._refuse_nothing(total, made)
         self.sets[key] = joined = Joined(parts)
         return joined
+
+    def _fitted(self, key: str, one: Tokenized, taken: np.ndarray, counts: Statistics) -> Stored:
+        """The examples of the chosen rows of a source, fitted into `max_length`; what that changes is counted."""
+        if one.compares:
+            raise DataError(
+                f"{one.source.name} holds answers to be compared: train on them with --config dpo (DPO and "
+                "PreferenceData), or give a data.format that reads the chosen ones."
+            )
+        examples = one.examples.take(taken[one.examples.rows])
+        documents = len(np.unique(examples.rows[examples.windowed]))
+        counts.split_rows = int((taken & (one.split > 1)).sum())
+        cut, over = examples.cut(self.max_length, self.truncate)
+        if self.truncate == "drop":
+            counts.drop(LONG, int(over.sum()))
+        else:
+            counts.truncated = int(over.sum())
+        windows = int(cut.windowed.sum())
+        if windows > documents:
+            counts.windowed_rows, counts.windows = documents, windows
+        trained = cut.measures().targets > 0
+        counts.drop(CUT, int((~trained).sum()))
+        return cut.take(trained)
 
     def _refuse_nothing(self, counts: Statistics, made: Sequence[Tokenized]) -> None:
         if counts.examples:
@@ -492,7 +513,7 @@ class SFTData(L.LightningDataModule):
 
     def _eval_loader(self, examples: Sequence[Example]) -> EvalLoader:
         world, rank = self._ranks()
-        return EvalLoader(examples, self.batch_size, self.max_tokens, rank, world)
+        return self.eval_loader(examples, self.batch_size, self._cap(), rank, world)
 
     # ---- what a user sees -----------------------------------------------------------------------------------------
 
@@ -583,9 +604,14 @@ class SFTData(L.LightningDataModule):
             most: Characters to show; the middle of a longer text is left out.
         """
         text = mark(self.template.tokenizer, self.sets["train"][index], opening, closing)
-        if most is None or len(text) <= most:
-            return text
-        return f"{text[: most // 2]}\n[... {len(text) - most:,} characters ...]\n{text[-most // 2 :]}"
+        return shortened(text, most)
+
+
+def shortened(text: str, most: int | None) -> str:
+    """A text without its middle, where it is longer than `most` characters."""
+    if most is None or len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n[... {len(text) - most:,} characters ...]\n{text[-most // 2 :]}"
 
 
 def _readable(made: Tokenized) -> np.ndarray:
@@ -597,10 +623,13 @@ def _readable(made: Tokenized) -> np.ndarray:
 
 def as_conversation(record: Record) -> Conversation:
     """A record as turns, for the file of the predictions."""
+    if isinstance(record, Comparison):
+        record = record.answers[0]
     if isinstance(record, Conversation):
         if not record.messages:
             raise DataError("holds no turn to answer.")
         return record
+    assert not isinstance(record, Comparison)
     return Conversation((Message("user", record.text if isinstance(record, Text) else record.prompt),))
 
 
@@ -623,4 +652,4 @@ def _cells(counts: Statistics, name: str | None = None) -> tuple[str, ...]:
     )
 
 
-__all__ = ["MAIN", "SFTData", "Statistics"]
+__all__ = ["MAIN", "SFTData", "Statistics", "shortened"]

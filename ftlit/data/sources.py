@@ -6,12 +6,23 @@ import contextlib
 import difflib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftlit.data.formats import Completion, Message, RawText, Record, RowError, RowFormat, Text, detect, suggest
+from ftlit.data.formats import (
+    Comparison,
+    Completion,
+    Message,
+    RawText,
+    Record,
+    RowError,
+    RowFormat,
+    Text,
+    detect,
+    suggest,
+)
 from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
@@ -32,6 +43,7 @@ class Source:
         columns: The format's name of a column to the file's, where they differ; to null leaves a column out.
         prefer: The split to take where the name says none: `train`, `validation` or `test`.
         answers: Whether rows must have an answer.
+        choose: Chooses the format from the columns.
 
     Raises:
         DataError: If there is no such thing, it holds no rows, or it is torn.
@@ -45,8 +57,10 @@ class Source:
         prefer: str = "train",
         *,
         answers: bool = True,
+        choose: Callable[..., RowFormat] = detect,
     ) -> None:
         self.name = name
+        self.choose = choose
         self.is_sample = name.startswith("sample:")
         self.notes: list[str] = []
         self.answers = answers
@@ -146,7 +160,7 @@ class Source:
             return given if isinstance(given, RawText) else RawText()
         have = [column for column in table.columns if column not in renamed.values() and column not in renamed]
         have += [name for name, column in renamed.items() if column is not None]
-        return given or detect(have, table.name, answers=self.answers)
+        return given or self.choose(have, table.name, answers=self.answers)
 
     def _renaming(self, table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
         """The renamings that a table needs: none where it has the format's own name, or fits another format as it is.
@@ -300,6 +314,8 @@ def _in_file(error: RowError, renamed: Mapping[str, str | None]) -> RowError:
 
 
 def _texts(record: Record) -> list[str]:
+    if isinstance(record, Comparison):
+        return [text for answer in record.answers for text in _texts(answer)]
     if isinstance(record, Text):
         return [record.text]
     if isinstance(record, Completion):
@@ -316,6 +332,8 @@ def fill(record: Record, values: Mapping[str, str]) -> Record:
     def filled(text: str) -> str:
         return pattern.sub(lambda found: values[found[0][2:-2]], text)
 
+    if isinstance(record, Comparison):
+        return _each(record, lambda answer: fill(answer, values))
     if isinstance(record, Text):
         return record._replace(text=filled(record.text))
     if isinstance(record, Completion):
@@ -336,8 +354,16 @@ def refuse_placeholders(record: Record) -> None:
 
 def with_system(record: Record, system: str | None) -> Record:
     """Puts a system turn before a conversation that has none."""
+    if isinstance(record, Comparison):
+        return _each(record, lambda answer: with_system(answer, system))
     if system is None or isinstance(record, Text | Completion):
         return record
     if record.messages and record.messages[0].role == "system":
         return record
-    return record._replace(messages=(Message("system", system), *record.messages))
+    given = record.given + 1 if record.given else 0
+    return record._replace(messages=(Message("system", system), *record.messages), given=given)
+
+
+def _each(record: Comparison, change: Callable[[Any], Any]) -> Comparison:
+    """A comparison with each of its answers changed."""
+    return record._replace(answers=tuple(change(answer) for answer in record.answers))

@@ -31,6 +31,7 @@ class Statistics:
         self.windows = 0
         self.truncated = 0
         self.drops: dict[str, int] = {}
+        self.noted: dict[str, int] = {}
         self.tokens = 0
         self.targets = 0
         self.longest = 0
@@ -50,6 +51,11 @@ class Statistics:
         if count:
             self.drops[reason] = self.drops.get(reason, 0) + count
 
+    def note(self, text: str, count: int) -> None:
+        """Counts what else happened to examples that are kept."""
+        if count:
+            self.noted[text] = self.noted.get(text, 0) + count
+
     def measure(self, measures: Measures) -> None:
         """Counts the examples that are left."""
         self.examples = len(measures.lengths)
@@ -65,6 +71,8 @@ class Statistics:
         self.longest = max(self.longest, other.longest)
         for reason, count in other.drops.items():
             self.drop(reason, count)
+        for text, count in other.noted.items():
+            self.note(text, count)
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
     def notes(self) -> list[str]:
@@ -79,6 +87,7 @@ class Statistics:
         found += [f"{count:,} dropped ({reason})" for reason, count in self.drops.items()]
         if self.truncated:
             found.append(f"{self.truncated:,} cut to max_length")
+        found += [f"{count:,} {text}" for text, count in self.noted.items()]
         if self.duplicates:
             found.append(f"{self.duplicates:,} duplicate" + ("s" if self.duplicates > 1 else ""))
         if self.in_train:

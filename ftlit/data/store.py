@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ftlit.batch import Example
 from ftlit.errors import ConfigError
 
 Truncate = Literal["end", "start", "drop"]
-_ARRAYS = ("ids", "weights", "starts", "stops", "rows", "windowed")
+_ARRAYS = ("ids", "weights", "starts", "stops", "rows", "windowed", "values")
 _BLOCK = 1 << 16
 
 
@@ -36,7 +37,25 @@ class Measures(NamedTuple):
     weights: np.ndarray
 
 
-class Examples(Sequence[Example]):
+class Stored(Sequence[Example], ABC):
+    """Tokenized examples of one source.
+
+    Attributes:
+        rows: The row of the source that each example is from, int64.
+    """
+
+    rows: np.ndarray
+
+    @abstractmethod
+    def measures(self) -> Measures:
+        """Lengths, trained tokens and weights; counted once."""
+
+    @abstractmethod
+    def hash_into(self, digest: Any) -> None:
+        """Adds everything that training sees of the examples, in order, to a hash."""
+
+
+class Examples(Stored):
     """Examples as stretches of flat arrays; cutting and choosing make views, not copies.
 
     Args:
@@ -46,6 +65,7 @@ class Examples(Sequence[Example]):
         stops: Where it ends.
         rows: The row of its source, int64.
         windowed: Whether a longer one is cut into windows (raw text), bool.
+        values: A number that its row gave it, float32.
     """
 
     def __init__(
@@ -56,9 +76,10 @@ class Examples(Sequence[Example]):
         stops: np.ndarray,
         rows: np.ndarray,
         windowed: np.ndarray,
+        values: np.ndarray,
     ) -> None:
         self.ids, self.weights = ids, weights
-        self.starts, self.stops, self.rows, self.windowed = starts, stops, rows, windowed
+        self.starts, self.stops, self.rows, self.windowed, self.values = starts, stops, rows, windowed, values
         self._measures: Measures | None = None
 
     @classmethod
@@ -74,6 +95,7 @@ class Examples(Sequence[Example]):
             stops,
             np.asarray(rows, np.int64),
             np.asarray(windowed, bool),
+            np.array([example.value for example in examples], np.float32),
         )
 
     @classmethod
@@ -89,6 +111,7 @@ class Examples(Sequence[Example]):
             np.concatenate([part.stops + offset for part, offset in zip(parts, offsets, strict=False)]),
             np.concatenate([part.rows for part in parts]),
             np.concatenate([part.windowed for part in parts]),
+            np.concatenate([part.values for part in parts]),
         )
 
     def __len__(self) -> int:
@@ -106,13 +129,12 @@ class Examples(Sequence[Example]):
         if len(weights) and weights[0]:  # a window or a cut begins inside: nothing predicts its first token
             weights = weights.copy()
             weights[0] = 0
-        return Example(self.ids[start:stop], weights)
+        return Example(self.ids[start:stop], weights, float(self.values[index]))
 
     def take(self, chosen: np.ndarray) -> Examples:
         """Some of the examples, by index or mask."""
-        return Examples(
-            self.ids, self.weights, self.starts[chosen], self.stops[chosen], self.rows[chosen], self.windowed[chosen]
-        )
+        arrays = (self.starts, self.stops, self.rows, self.windowed, self.values)
+        return Examples(self.ids, self.weights, *(array[chosen] for array in arrays))
 
     def measures(self) -> Measures:
         """Lengths, trained tokens and weights; counted once."""
@@ -171,8 +193,16 @@ class Examples(Sequence[Example]):
         if truncate == "start":
             starts = np.where(over[origin], stops - length, starts)
         stops = np.minimum(stops, starts + length)
-        cut = Examples(self.ids, self.weights, starts, stops, self.rows[origin], self.windowed[origin])
-        return cut, over
+        more = (array[origin] for array in (self.rows, self.windowed, self.values))
+        return Examples(self.ids, self.weights, starts, stops, *more), over
+
+    def hash_into(self, digest: Any) -> None:
+        """Adds every token and weight, in order, to a hash."""
+        digest.update((self.stops - self.starts).tobytes())
+        for first in range(0, len(self), _BLOCK):
+            ids, weights = self.flat(first, first + _BLOCK)
+            digest.update(ids.tobytes())
+            digest.update(weights.tobytes())
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +256,7 @@ class Joined(Sequence[Example]):
         parts: The examples of each.
     """
 
-    def __init__(self, parts: Sequence[Examples]) -> None:
+    def __init__(self, parts: Sequence[Stored]) -> None:
         self.parts = list(parts)
         self._starts = [0]
         for part in self.parts:
@@ -266,17 +296,13 @@ class Joined(Sequence[Example]):
         """A hash of every token and weight, in order."""
         digest = hashlib.blake2b(digest_size=16)
         for part in self.parts:
-            digest.update((part.stops - part.starts).tobytes())
-            for first in range(0, len(part), _BLOCK):
-                ids, weights = part.flat(first, first + _BLOCK)
-                digest.update(ids.tobytes())
-                digest.update(weights.tobytes())
+            part.hash_into(digest)
         return digest.hexdigest()
 
 
 def measure(examples: Sequence[Example]) -> Measures:
     """Lengths, trained tokens and weights of examples of any kind."""
-    if isinstance(examples, Examples | Joined):
+    if isinstance(examples, Stored | Joined):
         return examples.measures()
     return Measures(
         np.array([len(example.input_ids) for example in examples], np.int64),
@@ -295,4 +321,4 @@ def check_truncate(value: str) -> None:
         raise ConfigError(f"data.truncate must be end, start or drop, got {value!r}.")
 
 
-__all__ = ["Examples", "Joined", "Measures", "Truncate", "check_truncate", "measure"]
+__all__ = ["Examples", "Joined", "Measures", "Stored", "Truncate", "check_truncate", "measure"]

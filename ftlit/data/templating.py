@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from ftlit.batch import Example
-from ftlit.data.formats.base import Completion, Conversation, Message, Record, Text
+from ftlit.data.formats.base import (
+    Comparison,
+    Completion,
+    Conversation,
+    Message,
+    Record,
+    Text,
+    unanswered,
+)
 from ftlit.data.plain import opening_tokens, plain_template
 from ftlit.errors import ConfigError, DataError
 
@@ -136,6 +144,8 @@ class ChatTemplate:
 
     def prompt_of(self, record: Record) -> list[int]:
         """The tokens that generation is fed to go on from a record without its answer."""
+        if isinstance(record, Comparison):
+            record = unanswered(record)
         if isinstance(record, Conversation):
             return self.prompt_ids(record.messages, record.tools)
         text = record.text if isinstance(record, Text) else record.prompt
@@ -144,12 +154,16 @@ class ChatTemplate:
     def encode(self, record: Record) -> list[Example]:
         """The examples of a record: one as a rule, one an answer where one could not be exact, none if it weighs 0.
 
+        A comparison becomes pieces: the prompt, with the margin as its value, and then each answer, with its grade.
+
         Raises:
             DataError: If a conversation has no assistant turn, or the template cannot be followed.
         """
         if not record.weight:
             return []
-        if isinstance(record, Text):
+        if isinstance(record, Comparison):
+            examples = self._comparison(record)
+        elif isinstance(record, Text):
             examples = [self._document(record)]
         elif isinstance(record, Completion):
             examples = [self._completion(record)]
@@ -157,7 +171,32 @@ class ChatTemplate:
             examples = self._conversation(record)
         if record.weight == 1:
             return examples
-        return [Example(e.input_ids, [weight * record.weight for weight in e.weights]) for e in examples]
+        return [e._replace(weights=[weight * record.weight for weight in e.weights]) for e in examples]
+
+    def _comparison(self, record: Comparison) -> list[Example]:
+        """The prompt and the answers of a comparison as pieces; an empty answer has no tokens."""
+        prompt: list[int] = []
+        pieces: list[Example] = []
+        for answer, grade in zip(record.answers, record.grades, strict=True):
+            if isinstance(answer, Completion):
+                prompt = self.prompt_of(answer)
+                made = [self._completion(answer)] if answer.completion else []
+            else:
+                if any(message.weight not in (0, 1) for message in answer.messages):
+                    raise DataError("in rows of preferences a message cannot have a weight of its own.")
+                prompt = self.prompt_ids(answer.messages[: answer.given], answer.tools)
+                made = self._conversation(answer) if len(answer.messages) > answer.given else []
+            if len(made) > 1 or (made and list(made[0].input_ids[: len(prompt)]) != prompt):
+                raise DataError(
+                    "the chat template rewrites earlier turns, so these answers do not go on from one prompt; give "
+                    "only the last turn as the answer."
+                )
+            if made:
+                own = slice(len(prompt), None)
+                pieces.append(Example(made[0].input_ids[own], made[0].weights[own], grade))
+            else:
+                pieces.append(Example([], [], grade))
+        return [Example(prompt, [0.0] * len(prompt), record.margin), *pieces]
 
     def _conversation(self, conversation: Conversation) -> list[Example]:
         messages = conversation.messages
@@ -373,7 +412,7 @@ def mark(tokenizer: PreTrainedTokenizerBase, example: Example, opening: str = "â
     parts: list[str] = []
     stretch: list[int] = []
     for place, token in enumerate(example.input_ids):
-        if place and bool(example.weights[place]) != bool(example.weights[place - 1]):
+        if bool(example.weights[place]) != bool(place and example.weights[place - 1]):
             parts.append(tokenizer.decode(stretch))
             parts.append(opening if example.weights[place] else closing)
             stretch = []

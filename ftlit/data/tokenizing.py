@@ -19,13 +19,13 @@ from filelock import FileLock
 
 from ftlit.batch import Example
 from ftlit.cache import cache_dir
-from ftlit.data.formats import Conversation, Record, Text
+from ftlit.data.formats import Comparison, Conversation, Record, Text
 from ftlit.data.sources import Source
 from ftlit.data.store import Examples
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError, DataError
 
-VERSION = 1
+VERSION = 2
 CHUNK = 256
 # Characters from which a source is worth a cache file, and worth starting processes for.
 CACHED_FROM = 1_000_000
@@ -47,6 +47,7 @@ class Tokenized(NamedTuple):
         refused: Rows that could not be read or rendered, with their sentences.
         split: For each row the number of its examples, int32.
         uses_template: Whether a row went through the chat template.
+        compares: Whether the rows compare answers; the examples are then the pieces of comparisons.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Tokenized(NamedTuple):
     refused: dict[int, str]
     split: np.ndarray
     uses_template: bool
+    compares: bool = False
 
 
 def tokenize(
@@ -95,7 +97,7 @@ def tokenize(
         raise DataError(f"{source.where(row)}: {refused[row]}")
     refused = {**read.refused, **{row: f"{source.where(row)}: {sentence}" for row, sentence in refused.items()}}
     split = np.bincount(examples.rows, minlength=len(source)).astype(np.int32)
-    return Tokenized(source, examples, digests, dict(sorted(refused.items())), split, read.uses_template)
+    return Tokenized(source, examples, digests, dict(sorted(refused.items())), split, read.uses_template, read.compares)
 
 
 def _through_cache(
@@ -146,7 +148,7 @@ class _Reading:
         self.source, self.change, self.skip = source, change, skip
         self.refused: dict[int, str] = {}
         self.characters = 0
-        self.uses_template = False
+        self.uses_template = self.compares = False
         self._kept: dict[int, Record] | None = {} if len(source) <= _KEPT_ROWS else None
 
     def _record(self, row: int) -> Record:
@@ -167,7 +169,9 @@ class _Reading:
                     raise
                 self.refused[row] = str(error)
                 continue
-            self.uses_template = self.uses_template or isinstance(record, Conversation)
+            self.compares = self.compares or isinstance(record, Comparison)
+            kind = record.answers[0] if isinstance(record, Comparison) else record
+            self.uses_template = self.uses_template or isinstance(kind, Conversation)
             content = f"{type(record).__name__} {tuple(record)!r}".encode(errors="surrogatepass")
             self.characters += len(content)
             digests[row] = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint64)

@@ -11,13 +11,19 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from ftlit.data.padding import classifier_tokenizer
 from ftlit.errors import ConfigError
-from ftlit.models.load import load_lm, load_tokenizer
+from ftlit.models.heads import ScalarPolicy, head_names
+from ftlit.models.load import is_classifier, load_classifier, load_lm, load_tokenizer
 from ftlit.peft import Full, PEFTStrategy
-from ftlit.peft.io import is_adapter, load_adapter, read_config
+from ftlit.peft.io import is_adapter, load_adapter, read_adapter, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Tensors of an adapter file with as many rows as its classifier has outputs.
+_LAST_LAYERS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
 class Opened(NamedTuple):
@@ -29,6 +35,7 @@ class Opened(NamedTuple):
         tokenizer: Its tokenizer, with the chat template that it was trained with.
         base: Name of the base model.
         system: The system turn of its training rows, if the run set one.
+        head: Of a sequence classifier the modules that are its head; empty for a language model.
     """
 
     lm: PreTrainedModel
@@ -36,6 +43,7 @@ class Opened(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     base: str
     system: str | None = None
+    head: tuple[str, ...] = ()
 
 
 def is_run(path: str | Path) -> bool:
@@ -48,28 +56,49 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
 
     Args:
         name: A hub id, a model folder, a GGUF file, a run folder, or an adapter folder.
-        base: The base model of an adapter folder, where not the one it names.
+        base: The base model of an adapter folder or a run, where it is no longer the one that these name.
         which: `last` or `best` checkpoint of a run.
 
     Raises:
         ConfigError: If it cannot be opened.
     """
     if is_run(name):
-        if base is not None:
-            raise ConfigError(f"--base goes with an adapter folder; the run {name} says itself what its base is.")
-        return _open_run(Path(name), which)
+        return _open_run(Path(name), base, which)
     if is_adapter(name):
-        base = base or read_config(name).get("base_model_name_or_path")
+        config = read_config(name)
+        base = base or config.get("base_model_name_or_path")
         if not base:
             raise ConfigError(f"the adapter in {name} does not name its base model; give --base.")
+        if config.get("task_type") == "SEQ_CLS":
+            return _open_head_adapter(Path(name), base)
         lm = load_lm(base)
         return Opened(lm.eval(), load_adapter(lm, name), load_tokenizer(base), base)
     if base is not None:
-        raise ConfigError(f"--base goes with an adapter folder, and {name} is none.")
+        raise ConfigError(f"--base goes with a run or an adapter folder, and {name} is neither.")
+    if is_classifier(name):
+        lm, _ = load_classifier(name)
+        return Opened(lm.eval(), None, load_tokenizer(name), name, head=tuple(head_names(lm)))
     return Opened(load_lm(name).eval(), None, load_tokenizer(name), name)
 
 
-def _open_run(folder: Path, which: str) -> Opened:
+def _open_head_adapter(folder: Path, base: str) -> Opened:
+    """An adapter with the head of a classifier; the shape of the head says how many outputs there are."""
+    _, state = read_adapter(folder)
+    outputs = [len(t) for key, t in state.items() if key.endswith(_LAST_LAYERS)]
+    if not outputs:
+        raise ConfigError(f"the adapter in {folder} is of a classifier, but holds no head ({', '.join(_LAST_LAYERS)}).")
+    names = None if is_classifier(base) else [f"LABEL_{number}" for number in range(outputs[0])]
+    lm, new = load_classifier(base, names)
+    head = head_names(lm.eval(), new)
+    strategy = load_adapter(lm, folder, head)
+    own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(str(folder) if own else base)
+    if own:
+        lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return Opened(lm, strategy, tokenizer, base, head=tuple(head))
+
+
+def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         settings = config["model"]["init_args"]
@@ -80,12 +109,24 @@ def _open_run(folder: Path, which: str) -> Opened:
     if not path.exists():
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise ConfigError(f"run {folder} has no checkpoint {which!r}; it has: {', '.join(kept) or 'none'}.")
-    lm = load_lm(settings["policy"], trust_remote_code=bool(settings.get("trust_remote_code")))
+    policy = base or settings["policy"]
+    if base is None and Path(policy).is_absolute() and not Path(policy).exists():
+        raise ConfigError(f"run {folder} was trained on {policy}, which is not there (any more); give --base.")
+    checkpoint = read_checkpoint(path)
     strategy = _strategy(settings.get("peft"))
-    strategy.apply(lm)
-    state = read_checkpoint(path)["state_dict"]
+    trust = bool(settings.get("trust_remote_code"))
+    about = checkpoint.get("ftlit", {}).get("classifier")
+    if about is None:
+        lm, head = load_lm(policy, trust_remote_code=trust), []
+        strategy.apply(lm)
+    else:
+        lm, new = load_classifier(policy, about["outputs"], trust_remote_code=trust)
+        lm.config.get_text_config().pad_token_id = about["pad_token_id"]
+        lm.config.problem_type = about["problem_type"]
+        head = ScalarPolicy(lm, strategy, new).head
+    state = checkpoint["state_dict"]
     _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
-    tokenizer = load_tokenizer(settings["policy"], bool(settings.get("trust_remote_code")))
+    tokenizer = load_tokenizer(policy, bool(settings.get("trust_remote_code")))
     if data.get("chat_template") or not tokenizer.chat_template:
         from ftlit.data.templating import ChatTemplate
 
@@ -93,7 +134,9 @@ def _open_run(folder: Path, which: str) -> Opened:
     system = data.get("system")
     for key, value in (data.get("fill") or {}).items():
         system = system and system.replace("{{" + key + "}}", value)
-    return Opened(lm.eval(), strategy, tokenizer, settings["policy"], system)
+    if head:
+        tokenizer = classifier_tokenizer(tokenizer, about["pad_token_id"])
+    return Opened(lm.eval(), strategy, tokenizer, policy, system, tuple(head))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

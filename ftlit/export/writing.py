@@ -45,8 +45,8 @@ def write_model(opened: Opened, to: str | Path, dtype: str = "float32") -> None:
     lm = opened.lm.to(DTYPES[dtype])
     lm.set_attn_implementation("sdpa")
     make_saveable(lm)
-    # The template's end token may not be the tokenizer's: others must stop there too.
-    lm.generation_config.eos_token_id = end_tokens(lm, opened.tokenizer) or None
+    if not opened.head:  # the template's end token may not be the tokenizer's: others must stop there too
+        lm.generation_config.eos_token_id = end_tokens(lm, opened.tokenizer) or None
     lm.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
@@ -66,4 +66,7 @@ def write_adapter(opened: Opened, to: str | Path) -> None:
     base = str(Path(opened.base).resolve()) if Path(opened.base).exists() else opened.base
     config = opened.strategy.peft_config(opened.lm)  # raises before anything is written
     assert config
-    save_adapter(opened.strategy, opened.lm, prepare_folder(to), base)
+    folder = prepare_folder(to)
+    save_adapter(opened.strategy, opened.lm, folder, base, head=opened.head)
+    if opened.head:  # its pad token says where a text ends
+        opened.tokenizer.save_pretrained(folder)

@@ -2,7 +2,19 @@
 
 from ftlit.forgetting.base import ForgettingControl, Penalty
 from ftlit.forgetting.budget import ForgettingBudget
+from ftlit.forgetting.ewc import EWC
+from ftlit.forgetting.interpolate import Interpolate
+from ftlit.forgetting.l2_to_init import L2ToInit
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import Replay
 
-__all__ = ["ForgettingBudget", "ForgettingControl", "ForgettingProbe", "Penalty", "Replay"]
+__all__ = [
+    "EWC",
+    "ForgettingBudget",
+    "ForgettingControl",
+    "ForgettingProbe",
+    "Interpolate",
+    "L2ToInit",
+    "Penalty",
+    "Replay",
+]

@@ -66,6 +66,8 @@ class ForgettingControl(L.Callback):
         self.weight = float(weight)
         self.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
         self.source = 0
+        self.step_values: dict[str, float] = {}
+        """What it found of the present step besides the metrics of `penalty`; logged as these are, under its name."""
         self.normalised = False
         """Whether the loss is divided by 1 and the weights of such controls; set by whoever turns the weight."""
 

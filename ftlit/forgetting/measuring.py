@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
 from ftlit.batch import Example, PackedBatch
 from ftlit.cache import cache_dir
@@ -22,7 +24,9 @@ from ftlit.files import replacing
 from ftlit.forgetting.documents import Documents
 from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.metrics.forgetting import PairedChange
-from ftlit.models.policy import Policy
+from ftlit.models.divergence import token_kl
+from ftlit.models.policy import Policy, head_of
+from ftlit.models.score import Head, token_scores
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -94,6 +98,8 @@ class Meter:
     Args:
         sets: Documents by name; a list of examples is a list of documents.
         batch_tokens: Most tokens scored at once: bounds memory.
+        keep_states: Whether to keep the start model's hidden states of the scored tokens in memory, tokens times width
+            numbers: KL then needs no pass of the start model. (Where weights are sharded it does, all the same.)
         resamples: Resamples of the bootstrap.
         seed: Its seed.
     """
@@ -102,12 +108,16 @@ class Meter:
         self,
         sets: Mapping[str, Documents | Sequence[Example]],
         batch_tokens: int = 4096,
+        keep_states: bool = False,
         resamples: int = 2000,
         seed: int = 0,
     ) -> None:
         self.sets = {name: one if isinstance(one, Documents) else Documents(one) for name, one in sets.items()}
-        self.batch_tokens, self.resamples, self.seed = batch_tokens, resamples, seed
+        self.batch_tokens, self.keep_states = batch_tokens, keep_states
+        self.resamples, self.seed = resamples, seed
         self._start: dict[str, _Scores] = {}
+        self._states: dict[str, list[Tensor]] = {}
+        self._start_head: Head | None = None
 
     def prepare(self, trainer: L.Trainer, stage: Stage) -> None:
         """Scores the start model, or reads what it scored earlier.
@@ -119,6 +129,7 @@ class Meter:
         """
         policy = _policy_of(stage)
         name = fingerprint(policy.lm, stage.strategy)
+        keep = self.keep_states and not isinstance(trainer.strategy, ModelParallelStrategy)
         arithmetic = f"{VERSION} {trainer.precision} {_device_of(policy).type} {torch.__version__}"
         for key, documents in self.sets.items():
             if key in self._start:
@@ -127,11 +138,13 @@ class Meter:
             path = cache_dir() / "start_scores" / f"{digest.hexdigest()}.npz"
             tokens = int(measure(documents.examples).targets.sum())
             found = trainer.strategy.broadcast(_read(path, tokens) if trainer.is_global_zero else None)
-            if found is None:
+            if found is None or keep:
                 with stage.strategy.start(policy.lm):
-                    found = self._score(trainer, stage, documents, kl=False)
-                if trainer.is_global_zero:
-                    _write(path, found)
+                    scored = self._score(trainer, stage, key, keep=keep)
+                    self._start_head = head_of(policy.lm).detach()
+                if found is None and trainer.is_global_zero:
+                    _write(path, scored)
+                found = found or scored
             self._start[key] = found
 
     def start_nll(self) -> dict[str, float]:
@@ -146,11 +159,11 @@ class Meter:
         Args:
             trainer: The trainer.
             stage: The stage, after `prepare`. All ranks must call; all get the same numbers.
-            kl: Whether to compute the KL divergence too, which runs the start model again.
+            kl: Whether to compute the KL divergence too.
             names: The sets to measure; all when left out.
         """
         return {
-            name: self._compare(name, self._score(trainer, stage, self.sets[name], kl))
+            name: self._compare(name, self._score(trainer, stage, name, kl=kl))
             for name in (self.sets if names is None else names)
         }
 
@@ -170,27 +183,52 @@ class Meter:
         )
 
     @torch.no_grad()
-    def _score(self, trainer: L.Trainer, stage: Stage, documents: Documents, kl: bool) -> _Scores:
-        """What the model, as it is, says of every scored token; the same on all ranks."""
+    def _score(self, trainer: L.Trainer, stage: Stage, name: str, *, kl: bool = False, keep: bool = False) -> _Scores:
+        """What the model, as it is, says of every scored token; the same on all ranks.
+
+        Args:
+            trainer: The trainer.
+            stage: The stage.
+            name: The set.
+            kl: Whether to compare with the start model.
+            keep: Whether the model is the start model, and its hidden states are kept.
+        """
+        documents = self.sets[name]
         targets = measure(documents.examples).targets
         first = np.cumsum(targets) - targets
         found = np.zeros((3 if kl else 2, int(targets.sum())))
         loader = EvalLoader(documents.examples, _AT_ONCE, self.batch_tokens, trainer.global_rank, trainer.world_size)
-        asked: dict[str, Any] = {"kl": {0: 1.0}} if kl else {}
+        kept = self._states.get(name, []) if kl else []
+        states: list[Tensor] = []
         policy = _policy_of(stage)
         device = _device_of(policy)
         with _scoring(trainer, policy):
-            for batch in loader:
-                scores = policy(batch.to(device), watch=frozenset({"choice"}), **asked)
+            for number, batch in enumerate(loader):
+                moved = batch.to(device)
+                if kept or keep:
+                    hidden = policy.hidden(moved)
+                    head = head_of(policy.lm)
+                    scores = token_scores(hidden, head, moved.target_ids, watch=_WATCH)
+                    if keep:
+                        states.append(hidden.cpu())
+                    else:
+                        assert self._start_head is not None
+                        kl_now = token_kl(hidden, head, kept[number].to(device), self._start_head)
+                        scores = scores._replace(kl=kl_now)
+                else:
+                    scores = policy(moved, watch=_WATCH, kl={0: 1.0} if kl else None)
                 places, real = _places(batch, first)
-                values = [-scores.logps, scores.choice, *([scores.kl] if kl else [])]
-                found[:, places] = np.stack([value.double().cpu().numpy() for value in values])[:, real]
+                values = [value for value in (-scores.logps, scores.choice, scores.kl) if value is not None]
+                found[:, places] = torch.stack([value.double() for value in values]).cpu().numpy()[:, real]
+        if keep:
+            self._states[name] = states
         if trainer.world_size > 1:  # every token was scored on one rank
             together = trainer.strategy.reduce(torch.from_numpy(found).to(device), reduce_op="sum")
             found = together.cpu().numpy()
         return _Scores(found[0], found[1].astype(np.int64), found[2] if kl else None)
 
 
+_WATCH = frozenset({"choice"})
 _AT_ONCE = 64  # most examples of a micro-batch
 
 

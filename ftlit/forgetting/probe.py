@@ -52,7 +52,7 @@ class ForgettingProbe(ForgettingControl):
         every_n_steps: Also every so many optimizer steps.
         at_validations: Whether to measure with each validation.
         at_end: Whether to measure after the last step.
-        kl: Whether to measure KL too, which runs the start model beside the present one.
+        kl: Whether to measure KL too; keeps the start model's hidden states of the scored tokens in memory.
         own_rows: How many texts the start model writes for `self`; made once and kept on disk.
         own_new_tokens: Most tokens of each of its answers.
         batch_tokens: Most tokens scored at once: bounds memory; `data.max_tokens` when left out.
@@ -138,7 +138,7 @@ class ForgettingProbe(ForgettingControl):
         if (target := self._target(data)) is not None:
             sets[TARGET] = target
         room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
-        self._meter = Meter(sets, room, seed=self.seed)
+        self._meter = Meter(sets, room, keep_states=self.with_kl, seed=self.seed)
         self._meter.prepare(trainer, stage)
         self._norms = start_norms(stage.policy.lm, stage.strategy)
         self.start_seconds = time.perf_counter() - began

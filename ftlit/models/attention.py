@@ -1,6 +1,7 @@
 """Attention over packed segments, plugged into transformers as the implementation named "ftlit".
 
-With a `segments` argument no token sees another example, and cost is linear in the number of examples. Without it
+With a `segments` argument no token sees another example, and cost is linear in the number of examples. Layers of
+encoders, which say `is_causal=False` of themselves, see their whole example. Without segments
 (`generate`, padded batches of others) the call takes transformers' own path, with the masks that transformers builds
 for SDPA: the mask function is registered under our name too, because an implementation without one is given no mask at
 all and would be silently wrong.
@@ -24,7 +25,10 @@ from ftlit.models.tiles import can_tile, tiled_attention
 NAME = "ftlit"
 
 # Arguments that models pass along and that change nothing here.
-_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "return_dict"}
+_HARMLESS = {
+    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "return_dict"),
+    "deterministic",
+}
 
 
 def packed_mask(device: torch.device | str) -> Tensor:
@@ -51,7 +55,7 @@ def segment_attention(
     prefix_kv: PrefixKV | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment (and over its parents' tokens and the prefix).
+    """Attention inside each segment (and over its parents' tokens and the prefix), causal unless the layer is not.
 
     Args:
         module: The attention layer; its `layer_idx` picks the prefix.
@@ -61,9 +65,10 @@ def segment_attention(
         attention_mask: Used only without segments.
         scaling: Factor on the scores, `head_dim ** -0.5` when left out.
         dropout: Probability of dropping an attention weight.
-        sliding_window: A token sees the last `sliding_window` tokens of its own example, itself included.
+        sliding_window: A token sees the last `sliding_window` tokens of its own example, itself included; where
+            attention is not causal, tokens on both sides that are nearer than this.
         softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
-        is_causal: Must not be False with segments.
+        is_causal: Whether tokens see only what is before them; when left out, what the layer's own `is_causal` says.
         segments: Where the examples lie in the row; None takes transformers' own path.
         prefix_kv: Keys and values that every example sees before its first token.
         kwargs: Anything else a model passes; what is not known to be harmless is refused.
@@ -73,17 +78,21 @@ def segment_attention(
 
     Raises:
         ConfigError: If the model passes an argument that this attention does not implement.
+        ValueError: If segments with parents meet a layer that is not causal: a parent would have to see its children.
     """
     if segments is None:
         return _unpacked(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal, kwargs)
     strange = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
-    if strange or is_causal is False:
+    if strange:
         raise ConfigError(
-            f"{type(module).__name__} passes {', '.join(strange) or 'is_causal=False'} to its attention, which packed "
-            "segments do not implement yet; this model cannot be trained with ftlit."
+            f"{type(module).__name__} passes {', '.join(strange)} to its attention, which packed segments do not "
+            "implement yet; this model cannot be trained with ftlit."
         )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal and any(parent >= 0 for parent in segments.parents):
+        raise ValueError("segments with parents need causal attention")
     past = None if prefix_kv is None else prefix_kv[module.layer_idx]  # type: ignore[index]
-    if softcap is None and not dropout and can_tile(query, key, value):
+    if causal and softcap is None and not dropout and can_tile(query, key, value):
         return tiled_attention(query, key, value, segments, scaling, sliding_window, past), None
     pieces = []
     for first, count in segments.runs():
@@ -97,8 +106,8 @@ def segment_attention(
         if before_k:
             k = torch.cat([*(b.expand(count, -1, -1, -1) for b in before_k), k], dim=2)
             v = torch.cat([*(b.expand(count, -1, -1, -1) for b in before_v), v], dim=2)
-        mask = _mask(segments, length, k.shape[2] - length, sliding_window, query.device)
-        out = _attend(q, k, v, mask, scaling, dropout, softcap)
+        mask = _mask(segments, length, k.shape[2] - length, sliding_window, query.device, causal)
+        out = _attend(q, k, v, mask, scaling, dropout, softcap, causal)
         pieces.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, d]
     return torch.cat(pieces)[None], None
 
@@ -118,19 +127,22 @@ def _before(
     return keys, values
 
 
-def _mask(segments: Segments, queries: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Boolean mask `[queries, before + queries]`, or None where plain causal attention says the same."""
+def _mask(
+    segments: Segments, queries: int, before: int, window: int | None, device: torch.device, causal: bool = True
+) -> Tensor | None:
+    """Boolean mask `[queries, before + queries]`, or None where plain (causal) attention says the same."""
     if window is not None and window >= before + queries:
         window = None
-    if before == 0 and window is None:
+    if window is None and (before == 0 or not causal):
         return None
     key = (queries, before, window)
     if key not in segments.masks:
         own = torch.arange(before, before + queries, device=device)[:, None]
         seen = torch.arange(before + queries, device=device)[None]
-        allowed = seen <= own
+        allowed = seen <= own if causal else torch.ones(queries, before + queries, dtype=torch.bool, device=device)
         if window is not None:
             allowed &= seen > own - window
+            allowed &= seen < own + window
         segments.masks[key] = allowed
     return segments.masks[key]
 
@@ -143,8 +155,9 @@ def _attend(
     scaling: float | None,
     dropout: float,
     softcap: float | None,
+    causal: bool = True,
 ) -> Tensor:
-    """One attention call, `[B, H, L, d]`; causal when there is no mask."""
+    """One attention call, `[B, H, L, d]`; where there is no mask, causal or over everything."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
         if (
@@ -157,14 +170,14 @@ def _attend(
             value,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None and query.shape[2] > 1,
+            is_causal=causal and mask is None and query.shape[2] > 1,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and query.shape[2] > 1:
+    if causal and mask is None and query.shape[2] > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from ftlit.cache import cache_dir
 from ftlit.errors import ConfigError
 from ftlit.models.fused import fuse
+from ftlit.models.heads import prepare_classifier
 from ftlit.models.policy import check_packing, use_segment_attention
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     from transformers import AutoTokenizer
 
     with _explained(name):
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        own = (Path(name).expanduser() / "tokenizer_config.json").exists()  # an adapter folder may have no more
+        place = str(Path(name).expanduser()) if own else resolve(name)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,6 +61,144 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
         lm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
     prepare(lm)
     return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier as it was loaded.
+
+    Attributes:
+        lm: The model, in training mode.
+        new: Modules whose weights were not in the checkpoint and are drawn anew, such as `score`.
+    """
+
+    lm: PreTrainedModel
+    new: list[str]
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a hub id or folder holds a sequence classifier with a head.
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
+        return False
+    with _explained(name):
+        return _has_head(AutoConfig.from_pretrained(resolve(name)))
+
+
+def load_classifier(
+    source: str | PreTrainedModel,
+    labels: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    packed: bool = True,
+) -> Classifier:
+    """A sequence classifier from any checkpoint that has a trunk for one: a language model, an encoder, a classifier.
+
+    Args:
+        source: Hub id, folder, GGUF file, or a model built in Python.
+        labels: Names of the outputs; one name for a model that gives one score. Left out, those of a classifier.
+        dtype: Type of its weights.
+        seed: Seed of a new head.
+        trust_remote_code: Run model code that comes with the model.
+        packed: Whether it is switched to packed attention, and checked; else it is as transformers loads it.
+
+    Raises:
+        ConfigError: If it cannot be found, read or packed, or it is a classifier with other outputs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(source, str):
+            lm, new = _classifier_from(source, labels, dtype, trust_remote_code)
+        else:
+            lm, new = _classifier_around(source, labels)
+    if packed:
+        prepare_classifier(lm)
+    return Classifier(lm.train(), new)
+
+
+def _classifier_from(
+    name: str, labels: Sequence[str] | None, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with _explained(name):
+        folder = resolve(name)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _name_outputs(config, labels, name)
+        with _no_load_report():
+            lm, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    new = list(dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"])))
+    return lm, new
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Transformers lists what a checkpoint of another task has more or less; which parts are new is said elsewhere."""
+    from transformers.utils import logging
+
+    was = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(was)
+
+
+def _classifier_around(source: PreTrainedModel, labels: Sequence[str] | None) -> tuple[PreTrainedModel, list[str]]:
+    """A classifier whose trunk is that of a model built in Python."""
+    from transformers import AutoModelForSequenceClassification
+
+    if type(source).__name__.endswith("ForSequenceClassification"):
+        _name_outputs(source.config, labels, type(source).__name__)
+        return source, []
+    config = copy.deepcopy(source.config)
+    _name_outputs(config, labels, type(source).__name__)
+    lm = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype).to(source.device)
+    setattr(lm, lm.base_model_prefix, source.base_model)
+    head = [name for name, part in lm.named_children() if name != lm.base_model_prefix and list(part.parameters())]
+    return lm, head
+
+
+def _has_head(config: Any) -> bool:
+    return any("ForSequenceClassification" in kind for kind in config.architectures or ())
+
+
+def _name_outputs(config: Any, labels: Sequence[str] | None, name: str) -> None:
+    """Gives a config the names of the outputs.
+
+    Raises:
+        ConfigError: If there is no classifier of this architecture, or it has outputs of its own that are not these.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
+
+    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in KNOWN and not own_code:
+        raise ConfigError(f"model {name!r}: transformers has no sequence classifier for {config.model_type} models.")
+    if labels is None:
+        if not _has_head(config):
+            raise ConfigError(f"model {name!r} is no sequence classifier: it has no head that was trained.")
+        return
+    if _has_head(config):
+        own = [config.id2label[number] for number in range(config.num_labels)]
+        if len(own) != len(labels) or (len(labels) > 1 and set(own) != set(labels) and not own[0].startswith("LABEL_")):
+            raise ConfigError(
+                f"model {name!r} is a classifier with {len(own)} outputs ({', '.join(own[:8])}), and "
+                f"{len(labels)} are needed ({', '.join(labels[:8])}); give the model that it was made from."
+            )
+        if set(own) == set(labels):
+            return
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
 
 
 def prepare(lm: PreTrainedModel) -> None:

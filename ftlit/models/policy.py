@@ -88,7 +88,7 @@ class Policy(nn.Module):
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
-        if self.longest is not None and max(batch.segments.lengths) > self.longest:
+        if self.longest is not None and batch.segments.longest > self.longest:
             raise ConfigError(
                 f"{type(self.lm).__name__} scales its positions by the longest example of a row beyond {self.longest} "
                 f"tokens, so packing would not be exact; set data.max_length to at most {self.longest}."

@@ -69,7 +69,7 @@ def token_scores(
         head: The output layer.
         targets: Token ids, int64 `[N]`.
         needs: `entropy`, `mean_logps`: with their gradients.
-        watch: The same names, and `choice`: values without gradients, which cost no memory.
+        watch: The same names, `choice` and `log_sum_sq`: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
 
     Returns:
@@ -86,10 +86,11 @@ def token_scores(
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
         head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
-        "entropy" in needs, "entropy" in needs | watch, "choice" in watch,
+        "entropy" in needs, "entropy" in needs | watch, "choice" in watch, "log_sum_sq" in watch,
     )  # fmt: skip
-    logps, correct, mean_logps, entropy, choice = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
-    return TokenScores(logps, correct, entropy, mean_logps, choice=choice)
+    values = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
+    logps, correct, mean_logps, entropy, choice, log_sum_sq = values
+    return TokenScores(logps, correct, entropy, mean_logps, choice=choice, log_sum_sq=log_sum_sq)
 
 
 class _Plan(NamedTuple):
@@ -103,6 +104,7 @@ class _Plan(NamedTuple):
     entropy_grad: bool
     entropy: bool
     choice: bool
+    sum_sq: bool
 
 
 class _Inputs(NamedTuple):
@@ -141,7 +143,10 @@ class _Tile(NamedTuple):
 
 
 def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _Tile]:
-    """Scores of a chunk (`logps, correct, mean_logps, entropy, choice`, each `[n]`), and what its gradients need."""
+    """Scores of a chunk, each `[n]`, and what its gradients need.
+
+    The scores are `logps, correct, mean_logps, entropy, choice, log_sum_sq`.
+    """
     hidden, low, weight, up, bias, targets = inputs
     logits = hidden @ weight.t()
     if low is not None and up is not None:
@@ -168,9 +173,12 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _
     entropy = None
     if plan.entropy:  # log sum - sum p (z - max)
         entropy = log_sums.squeeze(1) - torch.einsum("nv,nv->n", exps, shifted) / sums.squeeze(1)
+    log_sum_sq = None
+    if plan.sum_sq:
+        log_sum_sq = torch.einsum("nv,nv->n", exps, exps).log() - 2 * log_sums.squeeze(1)
     correct = (chosen >= top).squeeze(1)
     mean = None if mean is None else mean - log_sums.squeeze(1)
-    return (logps, correct, mean, entropy, choice), _Tile(exps, sums, slope)
+    return (logps, correct, mean, entropy, choice, log_sum_sq), _Tile(exps, sums, slope)
 
 
 def _dlogits(
@@ -233,6 +241,7 @@ class _TokenScores(torch.autograd.Function):
         mean = torch.empty(num, **options) if plan.mean else None
         entropy = torch.empty(num, **options) if plan.entropy else None
         choice = torch.empty_like(targets) if plan.choice else None
+        log_sum_sq = torch.empty(num, **options) if plan.sum_sq else None
         wants_head = any(ctx.needs_input_grad[place] for place in (1, 2, 3, 4))
         wants_hidden = ctx.needs_input_grad[0] and not wants_head
         # One N x D gradient for each score that has one: log-probability, mean, entropy.
@@ -244,7 +253,7 @@ class _TokenScores(torch.autograd.Function):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
             values, tile = _forward(rows, plan)
-            for whole, value in zip((logps, correct, mean, entropy, choice), values, strict=True):
+            for whole, value in zip((logps, correct, mean, entropy, choice, log_sum_sq), values, strict=True):
                 if whole is not None and value is not None:
                     whole[part] = value
             if wants_hidden:
@@ -262,12 +271,13 @@ class _TokenScores(torch.autograd.Function):
         plain = [correct] if choice is None else [correct, choice]
         plain += [] if mean is None or plan.mean_grad else [mean]
         plain += [] if entropy is None or plan.entropy_grad else [entropy]
+        plain += [] if log_sum_sq is None else [log_sum_sq]
         ctx.mark_non_differentiable(*plain)
-        return logps, correct, mean, entropy, choice
+        return logps, correct, mean, entropy, choice, log_sum_sq
 
     @staticmethod
     def backward(
-        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, __: Tensor | None
+        ctx: Any, d_logps: Tensor, _: Tensor, d_mean: Tensor | None, d_entropy: Tensor | None, *__: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         coefficients = (d_logps, d_mean if plan.mean_grad else None, d_entropy if plan.entropy_grad else None)

@@ -21,6 +21,7 @@ class TokenScores(NamedTuple):
         choice: The likeliest token, int64 `[N]`; None unless asked for.
         kl: KL divergence from the start model to the present one, nats, `[N]`; 0 at targets of other sources than those
             it was asked for. None unless asked for.
+        log_sum_sq: `log sum_v p_v^2`, nats, `[N]`, without a gradient; None unless watched.
         states: The hidden state that predicts the target, `[N, D]`; carries the gradient. None unless asked for.
     """
 
@@ -30,6 +31,7 @@ class TokenScores(NamedTuple):
     mean_logps: Tensor | None = None
     choice: Tensor | None = None
     kl: Tensor | None = None
+    log_sum_sq: Tensor | None = None
     states: Tensor | None = None
 
     def select(self, chosen: Tensor) -> TokenScores:

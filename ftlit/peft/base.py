@@ -212,7 +212,12 @@ class PEFTStrategy(ABC):
         """Yields one `Change` for each weight that training has moved; nothing for prompt-like strategies."""
 
     def num_changed(self, model: PreTrainedModel) -> int:
-        """How many parameters of the model itself training can change (a LoRA of rank 8 changes whole matrices)."""
+        """How many parameters of the model itself training can change (a LoRA of rank 8 changes whole matrices).
+
+        A strategy that copies what training will overwrite changes what it trains; any other is asked for `changes`.
+        """
+        if type(self).remember_start is not PEFTStrategy.remember_start:
+            return sum(parameter.numel() for parameter in self.trained(model).values())
         return sum(math.prod(change.shape) for change in self.changes(model))
 
     def remember_start(self, model: PreTrainedModel) -> None:  # noqa: B027 - optional

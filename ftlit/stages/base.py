@@ -6,6 +6,7 @@ import math
 import os
 import time
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import lightning as L
@@ -30,7 +31,7 @@ from ftlit.peft import Full, PEFTStrategy
 from ftlit.ranks import whole
 from ftlit.stages.checkpoint_io import AtomicCheckpointIO
 from ftlit.stages.fsdp import FSDP2
-from ftlit.stages.loops import position
+from ftlit.stages.loops import finish, position
 from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
 from ftlit.stages.signals import StopRequest
 
@@ -88,6 +89,8 @@ class Stage(L.LightningModule):
         ConfigError: If a number is out of range.
     """
 
+    loss_unit: ClassVar[str] = "nats a trained token"
+    """What the loss is measured in."""
     best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
     """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
@@ -139,6 +142,7 @@ class Stage(L.LightningModule):
         self._started = self._lr = 0.0
         self.totals = StepTotals(0.0, 0, 0, 0)
         self._hooks: list[Any] = []
+        self._settings: list[dict[str, Any]] = []
         self._means: dict[str, float] = {}
         self._of_controls: dict[str, float] = {}
         self.stop = StopRequest()
@@ -204,6 +208,15 @@ class Stage(L.LightningModule):
         """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
         if self.policy is not None:
             return
+        self.policy = self.make_policy().train()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+            assert self.device_mesh is not None
+            shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            prepare_controls(self)
+
+    def make_policy(self) -> Any:
+        """The model with its strategy applied: a `Policy`, or a module that is called like one."""
         if isinstance(self.source, str):
             lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
         else:
@@ -211,12 +224,7 @@ class Stage(L.LightningModule):
             prepare(lm)
         if self.gradient_checkpointing:
             recompute_activations(lm)
-        self.policy = Policy(lm, self.strategy).train()
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
-            assert self.device_mesh is not None
-            shard(self.policy, self.device_mesh["data_parallel"])
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            prepare_controls(self)
+        return Policy(lm, self.strategy)
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
@@ -249,6 +257,7 @@ class Stage(L.LightningModule):
         elif self.make_optimizer is not None:
             return optimizer
         else:
+            self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate(self.num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -311,6 +320,8 @@ class Stage(L.LightningModule):
                 "GradientAccumulationScheduler does not work with ftlit, where a batch is a whole optimizer step; "
                 "set trainer.accumulate_grad_batches."
             )
+        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise ConfigError("a run must end: set trainer.max_steps, or trainer.max_epochs to a number of epochs.")
         self._given = (self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch)
         self.accumulate = self.trainer.accumulate_grad_batches
         self.trainer.accumulate_grad_batches = 1
@@ -325,6 +336,7 @@ class Stage(L.LightningModule):
             hook.remove()
         self._hooks.clear()
         if stage == "fit":
+            vars(self.trainer.fit_loop).pop("run", None)
             self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch = self._given
 
     def on_train_start(self) -> None:
@@ -341,10 +353,23 @@ class Stage(L.LightningModule):
                 self._hooks.append(hook)
         if isinstance(self.trainer.train_dataloader, StepLoader):
             self.trainer.train_dataloader.taken = self.trainer.global_step
+        if self.trainer.ckpt_path:
+            self._restore_settings()
         if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self._validates_here():
             self.trainer.validating = True  # the run was stopped between this step and the end of its validation
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
+
+    def _restore_settings(self) -> None:
+        """Lets the config decide rate and decay of a run that goes on; the checkpoint's optimizer brought its own."""
+        scheduler: Any = self.lr_schedulers()
+        if not self._settings or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return
+        scheduler.base_lrs = [group["lr"] for group in self._settings]
+        for group, own, factor in zip(
+            scheduler.optimizer.param_groups, self._settings, scheduler.lr_lambdas, strict=True
+        ):
+            group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(scheduler.last_epoch))
 
     def _validates_here(self) -> bool:
         """Whether Lightning validates after the optimizer step that was taken last."""
@@ -492,6 +517,8 @@ class Stage(L.LightningModule):
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
         totals, seconds = self.totals, time.perf_counter() - self._started
+        for control in self.controls:
+            self._of_controls |= {f"forgetting/{control.name}/{key}": x for key, x in control.step_values.items()}
         self.step_metrics = {
             **{_metric(name): value for name, value in self.step_summary(self._means).items()},
             **self._of_controls,
@@ -550,6 +577,7 @@ class Stage(L.LightningModule):
         checkpoint["ftlit"] = {
             "trained": {name: list(shape) for name, shape in shapes.items()},
             "start_metrics": self.start_metrics,
+            "last_metrics": self.last_metrics,
             # What was saved at a step may not be logged yet; Lightning logs float32.
             "step_metrics": {name: torch.tensor(value).item() for name, value in self.step_metrics.items()},
             "validated_at": self._validated_at,
@@ -562,6 +590,7 @@ class Stage(L.LightningModule):
         self.check_checkpoint(checkpoint)
         own = checkpoint["ftlit"]
         self.start_metrics, self._validated_at = own["start_metrics"], own["validated_at"]
+        self.last_metrics, self.step_metrics = own.get("last_metrics", {}), own["step_metrics"]
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         if own["data"] != self._data_fingerprint():
@@ -571,7 +600,10 @@ class Stage(L.LightningModule):
             )
         data = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "planner"):
-            checkpoint["loops"]["fit_loop"] = position(checkpoint["global_step"], self._epoch_steps(data))
+            step, loop = checkpoint["global_step"], self._trainer.fit_loop
+            checkpoint["loops"]["fit_loop"] = position(step, self._epoch_steps(data))
+            if step >= self.num_steps:
+                loop.run = partial(finish, loop)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that lacks a trained weight or has one more: Lightning would pass over both.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
 
 def position(step: int, epoch_steps: int) -> dict[str, Any]:
     """The state of Lightning's fit loop.
@@ -47,6 +49,16 @@ def position(step: int, epoch_steps: int) -> dict[str, Any]:
         "epoch_loop.val_loop.state_dict": {},
         "epoch_loop.val_loop.batch_progress": nothing,
     }
+
+
+def finish(loop: _FitLoop) -> None:
+    """Runs a fit loop that has no step left: what comes before the first step and what follows the last.
+
+    Lightning passes over both; a run that was killed after its last step would stay without validation and report.
+    """
+    loop.setup_data()
+    loop.on_run_start()
+    loop.on_run_end()
 
 
 def _both(names: tuple[str, ...], total: int, current: int) -> dict[str, dict[str, int]]:

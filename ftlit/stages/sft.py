@@ -6,20 +6,18 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftlit.batch import PackedBatch, StepTotals
-from ftlit.data.datamodules import MAIN
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics import TokenNLL
-from ftlit.models.shard import gathered
 from ftlit.objectives.scores import EXTRAS, TokenScores
 from ftlit.objectives.sft import CrossEntropy, TokenObjective
-from ftlit.rollout.generate import generate
-from ftlit.stages.base import MicroLoss, Stage
+from ftlit.stages.base import MicroLoss
+from ftlit.stages.validation import ValidatedStage
 
 
-class SFT(Stage):
+class SFT(ValidatedStage):
     """Trains the answers of conversations.
 
     Args:
@@ -27,7 +25,6 @@ class SFT(Stage):
         objective: Loss of each trained token; cross-entropy when left out.
         extra_metrics: Logged besides loss, perplexity and accuracy, in training and validation: `entropy` of the
             predicted distributions (nats a trained token). It costs a pass over the logits.
-        max_new_tokens: Most tokens of an answer of `ftlit predict`.
         kwargs: Arguments of every stage.
 
     Raises:
@@ -39,16 +36,13 @@ class SFT(Stage):
         *args: Any,
         objective: TokenObjective | None = None,
         extra_metrics: list[Literal["entropy"]] | None = None,
-        max_new_tokens: int = 256,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.max_new_tokens = max_new_tokens
         self.objective = objective or CrossEntropy()
         self.extra_metrics = tuple(extra_metrics or ())
         _check_names(f"{type(self.objective).__name__}.needs", self.objective.needs, EXTRAS)
         _check_names("model.extra_metrics", self.extra_metrics, ("entropy",))
-        self.metrics = nn.ModuleDict()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,75 +75,15 @@ class SFT(Stage):
         """Adds the perplexity."""
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
-    # ---- validation and test --------------------------------------------------------------------------------------
+    def new_metric(self) -> TokenNLL:
+        """Loss, perplexity and accuracy a token."""
+        return TokenNLL(self.extra_metrics)
 
-    def _names(self, loop: str) -> list[str]:
-        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
-        return names if loop == "val" and names else [MAIN]
-
-    def _reset(self, loop: str) -> None:
-        metrics = {name: TokenNLL(self.extra_metrics) for name in self._names(loop)}
-        self.metrics = nn.ModuleDict(metrics).to(self.device)
-
-    def _update(self, loop: str, batch: PackedBatch, number: int) -> None:
+    def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
+        """Counts one micro-batch."""
         assert self.policy is not None
         scores = self.policy(batch, watch=self.watch)
-        metric: Any = self.metrics[self._names(loop)[number]]
         metric.update(scores.logps, scores.correct, batch.target_weights, **self._extra(scores))
-
-    def _log(self, loop: str) -> None:
-        values: dict[str, float] = {}
-        metrics: Any = self.metrics
-        for name, metric in metrics.items():
-            place = loop if name == MAIN else f"{loop}/{name}"
-            values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
-        if self.trainer.sanity_checking and self.trainer.ckpt_path:
-            return  # a run that goes on has its start behind it
-        if self.trainer.sanity_checking:
-            # The whole validation runs once before training: where the run starts from.
-            self.start_metrics = values
-            for logger in self.trainer.loggers:
-                logger.log_metrics({**values}, step=0)
-            return
-        self.last_metrics = values
-        if loop == "val" and self.trainer.state.fn == "fit":
-            self.log_position()
-        for key, value in values.items():
-            # Already reduced over ranks; the mean of equal numbers only keeps Lightning from warning.
-            self.log(key, value, prog_bar=key == "val/loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts the counts anew."""
-        self._reset("val")
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Counts one micro-batch."""
-        self._update("val", batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss`, `val/perplexity`, `val/accuracy`, and `val/NAME/...` of other sets."""
-        super().on_validation_epoch_end()
-        self._log("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Starts the counts anew."""
-        self._reset("test")
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Counts one micro-batch."""
-        self._update("test", batch, 0)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/loss`, `test/perplexity`, `test/accuracy`."""
-        self._log("test")
-
-    def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[str]:
-        """Answers some prompts greedily."""
-        assert self.policy is not None
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        with gathered(self.policy):
-            answers = generate(self.policy.lm, self.strategy, self.tokenizer, batch, **options)
-        return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 
 def _check_names(where: str, names: Iterable[str], known: tuple[str, ...]) -> None:

@@ -3,13 +3,24 @@
 from importlib import import_module
 from typing import Any
 
-from ftlit.testing.tiny import FAMILIES, tiny_examples, tiny_lm, tiny_tokenizer
+from ftlit.testing.tiny import (
+    ENCODERS,
+    FAMILIES,
+    tiny_classifier,
+    tiny_comparisons,
+    tiny_examples,
+    tiny_lm,
+    tiny_tokenizer,
+)
 
 __all__ = [
+    "ENCODERS",
     "FAMILIES",
     "PEFTStrategySuite",
     "RowFormatSuite",
     "VerifierSuite",
+    "tiny_classifier",
+    "tiny_comparisons",
     "tiny_examples",
     "tiny_lm",
     "tiny_tokenizer",

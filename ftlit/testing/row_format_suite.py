@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from ftlit.data.formats.base import ROLES, Completion, Conversation, Message, Record, RowError, RowFormat, Text
+from ftlit.data.formats.base import (
+    ROLES,
+    Comparison,
+    Completion,
+    Conversation,
+    Message,
+    Record,
+    RowError,
+    RowFormat,
+    Text,
+)
 from ftlit.data.templating import ChatTemplate
 from ftlit.testing.tiny import TOOLS_TEMPLATE, tiny_tokenizer
 
@@ -51,13 +61,13 @@ class RowFormatSuite(ABC):
             before = copy.deepcopy(row)
             record = self.make()(row)
             assert row == before, "the format changed its row"
-            assert isinstance(record, Conversation | Completion | Text)
+            assert isinstance(record, Conversation | Completion | Text | Comparison)
             assert record == self._record(wanted)
             assert self.make()(json.loads(json.dumps(row))) == record
 
     @staticmethod
     def _record(wanted: Any) -> Record:
-        if isinstance(wanted, Conversation | Completion | Text):
+        if isinstance(wanted, Conversation | Completion | Text | Comparison):
             return wanted
         return Conversation(tuple(Message(*turn) for turn in wanted))
 
@@ -66,6 +76,8 @@ class RowFormatSuite(ABC):
         template = ChatTemplate(tiny_tokenizer(TOOLS_TEMPLATE))
         for row, _ in self.golden:
             record = self.make()(row)
+            if isinstance(record, Comparison):
+                record = record.answers[0]
             if isinstance(record, Conversation):
                 assert all(message.role in ROLES for message in record.messages)
                 assert record.messages[-1].role == "assistant"

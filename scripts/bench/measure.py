@@ -105,7 +105,7 @@ def encode_rows(file: str, tokenizer: PreTrainedTokenizerBase, num: int, max_len
 
     source, template = Source(file), ChatTemplate(tokenizer)
     encoded = [example for row in range(min(num, len(source))) for example in template.encode(source.record(row))]
-    cut = [Example(ids[:max_length], weights[:max_length]) for ids, weights in encoded]
+    cut = [Example(ids[:max_length], weights[:max_length]) for ids, weights, *_ in encoded]
     return [example for example in cut if example.num_targets]
 
 

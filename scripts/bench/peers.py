@@ -242,7 +242,7 @@ def run_trl(
         step = sorted(examples[start : start + settings.batch_size], key=lambda example: -len(example.input_ids))
         rows += [
             {"input_ids": list(ids), "labels": [i if w else -100 for i, w in zip(ids, weights, strict=True)]}
-            for ids, weights in step
+            for ids, weights, *_ in step
         ]
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -348,7 +348,7 @@ def _padded(examples: Sequence[Example]) -> dict[str, Tensor]:
     longest = max(len(example.input_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for row, (tokens, weights) in enumerate(examples):
+    for row, (tokens, weights, *_) in enumerate(examples):
         length = len(tokens)
         ids[row, :length] = torch.tensor(tokens)
         labels[row, :length] = torch.where(torch.tensor(weights) != 0, ids[row, :length], -100)

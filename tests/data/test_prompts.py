@@ -82,18 +82,18 @@ def many(count):
 
 
 def test_a_share_is_held_out_and_the_long_are_counted(tmp_path):
-    made = data(tmp_path, many(20), validation=0.25, max_length=40)
+    made = data(tmp_path, many(20), validation=0.25, max_length=34)
     rows = {name: [row.where for row in rows] for name, rows in made.rows.items()}
     assert set(rows) == {"train", "validation:main"}
     assert not set(rows["train"]) & set(rows["validation:main"])
-    assert all(len(row.input_ids) <= 40 for kept in made.rows.values() for row in kept)
+    assert all(len(row.input_ids) <= 34 for kept in made.rows.values() for row in kept)
     said = " ".join(made.describe())
     assert made.describe()[0].startswith("train: ")
     left = 20 - sum(map(len, rows.values()))
     assert left > 0
-    assert "longer than 40 tokens are left out" in said
+    assert "longer than 34 tokens are left out" in said
     assert "no answers of their own" in said
-    again = data(tmp_path, many(20), validation=0.25, max_length=40)
+    again = data(tmp_path, many(20), validation=0.25, max_length=34)
     assert [row.where for row in again.rows["validation:main"]] == rows["validation:main"]
     assert again.fingerprint() == made.fingerprint()
     assert data(tmp_path, many(21)).fingerprint() != made.fingerprint()

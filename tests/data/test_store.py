@@ -106,7 +106,7 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_how_they_are_held(examples)
     whole = Joined([stored(examples)]).fingerprint()
     padded = [Example([*e.input_ids, 7, 7], [*e.weights, 0.0, 1.0]) for e in examples]
     views = stored(padded)
-    views = Examples(views.ids, views.weights, views.starts, views.stops - 2, views.rows, views.windowed)
+    views = Examples(views.ids, views.weights, views.starts, views.stops - 2, views.rows, views.windowed, views.values)
     assert Joined([views]).fingerprint() == whole
     changed = [Example([examples[0].input_ids[0] + 1, *examples[0].input_ids[1:]], examples[0].weights), *examples[1:]]
     assert Joined([stored(changed)]).fingerprint() != whole

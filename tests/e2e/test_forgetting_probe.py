@@ -12,6 +12,7 @@ import pytest
 import torch
 
 PROBE = ["--config", "forgetting/probe", "--trainer.callbacks.max_tokens", "1500"]
+PROBE += ["--trainer.callbacks.own_rows=32", "--trainer.callbacks.own_new_tokens=4"]
 KEYS = ("nll", "change", "change_low", "change_high", "ppl_ratio", "kl", "agreement")
 
 

@@ -183,7 +183,7 @@ def go_on(command, folder):
 
 
 # Where, in or after which step, and whether by itself: enough for every day.
-FEW = [("writing", 4), ("validation", 3)]
+FEW = [("writing", 4), ("validation", 3), ("train_end", 9)]
 ALL = [
     ("setup", 0), ("micro", 1), ("batch_end", 1), ("writing", 2), ("before_rename", 2), ("after_rename", 2),
     ("micro", 4),    ("optimizer", 5), ("validation", 3), ("validation_end", 6), ("epoch_end", 6), ("train_end", 9),
@@ -195,6 +195,15 @@ def test_killed_and_gone_on_bitwise(command, never_stopped, tmp_path, at, step):
     status, out = end(start([*command, *kill(at, step), "--run", "run"], tmp_path))
     assert status == -signal.SIGKILL, out
     assert go_on(command, tmp_path) > 0
+    assert_equal(what(tmp_path / "run"), never_stopped(command))
+
+
+def test_killed_in_the_validation_after_the_last_step(command, never_stopped, tmp_path):
+    """All steps are taken and saved: what goes on validates, keeps the best and writes the report."""
+    command = [option if option != str(SAVES) else "3" for option in command]
+    status, out = end(start([*command, *kill("validation", 9), "--run", "run"], tmp_path))
+    assert status == -signal.SIGKILL, out
+    assert go_on(command, tmp_path) == 9
     assert_equal(what(tmp_path / "run"), never_stopped(command))
 
 

@@ -342,7 +342,7 @@ def test_broken_runs_say_what_is_broken(ftlit, fit_args):
         (["generate", "MODEL", "--prompts", "nope.txt"], "nope.txt does not exist"),
         (["generate", "MODEL", "--prompts", "latin.txt"], "is not valid UTF-8"),
         (["generate", "./nope", "--prompt", "Hi"], "model ./nope does not exist"),
-        (["generate", "MODEL", "--base", "x", "--prompt", "Hi"], "--base goes with an adapter folder"),
+        (["generate", "MODEL", "--base", "x", "--prompt", "Hi"], "--base goes with a run or an adapter folder"),
         (["export", "MODEL", "--to", "out", "--adapter"], "a base model has no adapter"),
     ],
 )

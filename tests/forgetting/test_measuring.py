@@ -50,12 +50,12 @@ def distributions(lm, example, strategy=None):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize(("kl", "keep"), [(False, False), (True, False), (True, True)])
 @torch.no_grad()
-def test_against_one_document_at_a_time(method, kl):
+def test_against_one_document_at_a_time(method, kl, keep):
     stage = stage_of(METHODS[method](), dtype=torch.float64, precision="64-true")
     base = tiny_lm(dtype=torch.float64).eval()
-    meter = Meter({"a": DOCUMENTS}, batch_tokens=20)
+    meter = Meter({"a": DOCUMENTS}, batch_tokens=20, keep_states=keep)
     meter.prepare(stage.trainer, stage)
     disturb(stage, 0.3)
     one = meter.measure(stage.trainer, stage, kl=kl)["a"]

@@ -156,8 +156,8 @@ def test_strange_arguments_are_refused():
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ConfigError, match="position_bias"):
         segment_attention(torch.nn.Module(), q, q, q, None, segments=Segments([4]), position_bias=torch.zeros(1))
-    with pytest.raises(ConfigError, match="is_causal=False"):
-        segment_attention(torch.nn.Module(), q, q, q, None, segments=Segments([4]), is_causal=False)
+    with pytest.raises(ValueError, match="parents need causal"):
+        segment_attention(torch.nn.Module(), q, q, q, None, segments=Segments([2, 2], [-1, 0]), is_causal=False)
 
 
 def test_a_model_that_ignores_segments_is_refused():

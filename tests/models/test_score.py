@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -245,3 +247,19 @@ def test_entropy_of_sure_and_of_even_rows():
     scores = token_scores(hidden, Head(weight), torch.tensor([0, 0]), {"entropy", "mean_logps"})
     torch.testing.assert_close(scores.entropy, torch.tensor([4.0, 1.0], dtype=torch.float64).log())
     assert torch.isfinite(torch.autograd.grad(scores.entropy.sum() + scores.mean_logps.sum(), [hidden])[0]).all()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_sum_of_the_squares(trained):
+    """`log sum_v p_v^2` equals what whole logits give, in tiles, and has no gradient; 1 / V where all are alike."""
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=trained)
+    targets = torch.randint(11, (7,))
+    scores = token_scores(hidden, Head(weight, softcap=3.0), targets, watch={"log_sum_sq"}, tile_bytes=90)
+    logps = torch.log_softmax(3 * torch.tanh(hidden @ weight.t() / 3), 1)
+    torch.testing.assert_close(scores.log_sum_sq, (2 * logps).logsumexp(1).detach())
+    assert not scores.log_sum_sq.requires_grad
+    scores.logps.sum().backward()
+    flat = token_scores(hidden * 0, Head(weight), targets, watch={"log_sum_sq"}).log_sum_sq
+    torch.testing.assert_close(flat, torch.full_like(flat, -math.log(11)))

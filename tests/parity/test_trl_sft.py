@@ -86,7 +86,7 @@ def test_every_step_agrees(bench, examples, settings, adapter, ours, configurati
 def test_a_trained_token_after_the_end_token_is_seen(bench, examples, settings, adapter, ours):
     """What TRL's own tokenization would do with a template that closes a turn with a line break."""
     (line_break,) = tiny_tokenizer()("\n", add_special_tokens=False)["input_ids"]
-    longer = [Example([*ids, line_break], [*weights, 1.0]) for ids, weights in examples]
+    longer = [Example([*ids, line_break], [*weights, 1.0]) for ids, weights, *_ in examples]
     theirs = bench.run_trl(longer, tiny_lm("llama"), tiny_tokenizer(), adapter, settings)
     assert all(apart.loss > 1e-3 for apart in bench.differences(ours, theirs))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from ftlit.data.formats.alpaca import Alpaca
 from ftlit.data.formats.base import (
+    Comparison,
     Completion,
     Conversation,
     Message,
@@ -15,12 +16,14 @@ from ftlit.data.formats.base import (
     unanswered,
 )
 from ftlit.data.formats.messages import Messages
+from ftlit.data.formats.preference import Labelled, Pairs, PreferenceFormat, Ranking
 from ftlit.data.formats.prompt_completion import PromptCompletion
 from ftlit.data.formats.raw_text import RawText
 from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.errors import DataError
 
 BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, RawText)
+PREFERENCES: tuple[type[PreferenceFormat], ...] = (Pairs, Ranking, Labelled)
 
 # What files call the columns of a question and its answer, likeliest first; only ever used to suggest.
 _QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "user", "frage", "问题", "指令")
@@ -58,6 +61,30 @@ def detect(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFo
     )
 
 
+def detect_preference(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
+    """The preference format that fits the columns.
+
+    Args:
+        columns: The columns of the rows.
+        where: The file, for the error.
+        answers: Whether the rows must have answers; rows that are only to be answered may be of any format.
+
+    Raises:
+        DataError: If none fits.
+    """
+    have = set(columns)
+    for kind in PREFERENCES:
+        if set(kind.columns) <= have:
+            return kind()
+    if not answers:
+        return detect(have, where, answers=False)
+    raise DataError(
+        f"{where}: columns {', '.join(sorted(have)) or '(none)'} fit no preference format (Pairs needs chosen, "
+        "rejected; Ranking needs answers; Labelled needs label). Say which is which, such as data.columns: "
+        "{chosen: better, rejected: worse}, or give data.format a class of your own."
+    )
+
+
 def suggest(columns: Iterable[str]) -> Mapping[str, str]:
     """The `data.columns` that likely fit some columns: format's name to file's name; empty where nothing is near."""
     have = list(columns)
@@ -87,12 +114,18 @@ def _nearest(words: tuple[str, ...], columns: list[str]) -> str:
 
 __all__ = [
     "BUILT_IN",
+    "PREFERENCES",
     "Alpaca",
+    "Comparison",
     "Completion",
     "Conversation",
+    "Labelled",
     "Message",
     "Messages",
+    "Pairs",
+    "PreferenceFormat",
     "PromptCompletion",
+    "Ranking",
     "RawText",
     "Record",
     "RowError",
@@ -100,6 +133,7 @@ __all__ = [
     "ShareGPT",
     "Text",
     "detect",
+    "detect_preference",
     "suggest",
     "unanswered",
 ]

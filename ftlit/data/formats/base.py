@@ -74,7 +74,26 @@ class Text(NamedTuple):
     weight: float = 1.0
 
 
-Record = Conversation | Completion | Text
+class Comparison(NamedTuple):
+    """Answers to one prompt, and how good they are.
+
+    Attributes:
+        answers: Each whole, with the prompt that all of them share: conversations with the same first `given` turns,
+            or completions of the same prompt. An empty completion, or a conversation of nothing but what is given, is
+            an empty answer.
+        grades: How good each is: one is preferred to another where its grade is higher. A single answer is good where
+            its grade is above 0.
+        margin: By how much the better answers are better than the worse ones; 0 where nobody said.
+        weight: How much the row counts.
+    """
+
+    answers: tuple[Conversation | Completion, ...]
+    grades: tuple[float, ...]
+    margin: float = 0.0
+    weight: float = 1.0
+
+
+Record = Conversation | Completion | Text | Comparison
 """What a row becomes."""
 
 
@@ -119,7 +138,7 @@ class RowFormat(ABC):
             RowError: If the row cannot be read: which column, what it must hold, what it holds.
         """
 
-    def prompt(self, row: Mapping[str, Any]) -> Record:
+    def prompt(self, row: Mapping[str, Any]) -> Conversation | Completion | Text:
         """Reads one row up to where its last answer begins; the answer may be missing.
 
         Raises:
@@ -130,8 +149,13 @@ class RowFormat(ABC):
         return unanswered(self(row))
 
 
-def unanswered(record: Record) -> Record:
+def unanswered(record: Record) -> Conversation | Completion | Text:
     """A record without its last answer."""
+    if isinstance(record, Comparison):
+        best = record.answers[0]
+        if isinstance(best, Conversation):
+            return best._replace(messages=best.messages[: best.given], given=0)
+        return best._replace(completion="")
     if isinstance(record, Completion):
         return record._replace(completion="")
     if isinstance(record, Conversation) and record.messages and record.messages[-1].role == "assistant":
@@ -159,7 +183,7 @@ def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> st
 
 
 def weight_of(row: Mapping[str, Any], place: str = "weight") -> float:
-    """The `weight` of a row or a message: 1 when left out; text that is a number counts, as a CSV file has it.
+    """The `weight` of a row or a message: 1 when left out.
 
     Args:
         row: The row or message.
@@ -168,16 +192,31 @@ def weight_of(row: Mapping[str, Any], place: str = "weight") -> float:
     Raises:
         RowError: If it is not a finite number of at least 0.
     """
-    value = row.get("weight")
+    return number_of(row, "weight", 1.0, place)
+
+
+def number_of(row: Mapping[str, Any], column: str, default: float, place: str | None = None) -> float:
+    """A number of at least 0; text that is a number counts, as a CSV file has it.
+
+    Args:
+        row: The row or message.
+        column: The column.
+        default: What it is when left out.
+        place: What to call it in an error, if not the column.
+
+    Raises:
+        RowError: If it is not a finite number of at least 0.
+    """
+    value = row.get(column)
     if value is None or value == "":
-        return 1.0
+        return default
     try:
-        weight = float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise RowError(place, "a number of at least 0", value)
-    return weight
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise RowError(place or column, "a number of at least 0", value)
+    return number
 
 
 def show(value: Any, limit: int = 60) -> str:

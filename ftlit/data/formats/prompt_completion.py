@@ -35,7 +35,7 @@ class PromptCompletion(RowFormat):
         return Completion(text_of(row, "prompt"), text_of(row, "completion"), weight_of(row))
 
     @override
-    def prompt(self, row: Mapping[str, Any]) -> Record:
+    def prompt(self, row: Mapping[str, Any]) -> Conversation | Completion:
         if isinstance(row.get("prompt"), list | tuple):
             return Conversation(turns_of(row, "prompt"), tools_of(row))
         return Completion(text_of(row, "prompt"), "")

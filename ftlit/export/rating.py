@@ -1,0 +1,109 @@
+"""What `ftlit score` reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ftlit.data.formats import Comparison, Completion, Conversation, RowFormat, Text, detect, detect_preference
+from ftlit.data.formats.classification import Classification, LabelledRow
+from ftlit.data.sources import Source, with_system
+from ftlit.errors import DataError
+from ftlit.export.scorer import Content, SequenceScorer
+
+_CHUNK = 256
+
+
+class Rated(NamedTuple):
+    """Something to be scored.
+
+    Attributes:
+        row: The number of its row, from 0.
+        content: A conversation, a text, or a text with what goes on from it.
+        shown: What stands for it in the output.
+    """
+
+    row: int
+    content: Content
+    shown: dict[str, Any]
+
+
+def contents_of(name: str) -> list[Rated]:
+    """What is in the rows of a file: of a preference row each answer with its prompt, else the whole row.
+
+    Args:
+        name: A file, a folder, a hub id, or `sample:NAME`.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    source = Source(name, choose=_choose)
+    found: list[Rated] = []
+    for row in range(len(source)):
+        record: Any = source.record(row)
+        if isinstance(record, LabelledRow):
+            record = record.content
+        answers = record.answers if isinstance(record, Comparison) else (record,)
+        for number, answer in enumerate(answers):
+            place = {"answer": number + 1} if len(answers) > 1 else {}
+            if isinstance(answer, Conversation) and not answer.messages:
+                raise DataError(f"{source.where(row)}: an answer has no turn to score.")
+            found.append(Rated(row, answer, {**_shown(answer), **place}))
+    return found
+
+
+def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowFormat:
+    """The format of rows to score; labels do not matter."""
+    have = set(columns)
+    if {"chosen", "rejected"} <= have or "answers" in have:
+        return detect_preference(columns, where)
+    if have & {"text", "messages"}:
+        return Classification(labelled=False)
+    return detect(columns, where, answers=answers)
+
+
+def _shown(content: Content) -> dict[str, Any]:
+    if isinstance(content, Text):
+        return {"text": content.text}
+    if isinstance(content, Completion):
+        return {"prompt": content.prompt, "completion": content.completion}
+    return {"messages": [message.turn() for message in content.messages]}
+
+
+def rate(scorer: SequenceScorer, contents: Sequence[Rated], system: str | None = None) -> Iterator[Mapping[str, Any]]:
+    """One object a row or answer: its number, what it is, and what the model says.
+
+    A model with one output gives a `score`; others the likeliest `label` and the `probabilities`, or, where a row can
+    have several, the `labels` of more than one half.
+
+    Args:
+        scorer: The model.
+        contents: What is scored.
+        system: System turn for conversations that have none, as the run was trained with.
+    """
+    outputs = scorer.outputs
+    several = scorer.lm.config.problem_type == "multi_label_classification"
+    for first in range(0, len(contents), _CHUNK):
+        part = contents[first : first + _CHUNK]
+        logits = scorer([_with_system(one.content, system) for one in part])
+        for one, row in zip(part, logits, strict=True):
+            line = {"row": one.row + 1, **one.shown}
+            if len(outputs) == 1:
+                yield {**line, "score": float(row[0])}
+                continue
+            shares = (row.sigmoid() if several else torch.softmax(row, 0)).tolist()
+            if several:
+                chosen: dict[str, Any] = {"labels": [n for n, p in zip(outputs, shares, strict=True) if p > 0.5]}
+            else:
+                chosen = {"label": outputs[int(row.argmax())]}
+            yield {**line, **chosen, "probabilities": dict(zip(outputs, shares, strict=True))}
+
+
+def _with_system(content: Content, system: str | None) -> Content:
+    changed: Any = with_system(content, system)
+    return changed
+
+
+__all__ = ["Rated", "contents_of", "rate"]

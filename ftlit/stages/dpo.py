@@ -1,0 +1,317 @@
+"""Direct preference optimization and its family."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ftlit.batch import PackedBatch, Segments, StepTotals
+from ftlit.data.comparisons import Comparisons
+from ftlit.data.store import Joined
+from ftlit.errors import ConfigError
+from ftlit.metrics.sums import Sums
+from ftlit.objectives.preference import PreferenceLoss, PreferenceScores
+from ftlit.objectives.preference_sums import loss_of
+from ftlit.objectives.scores import TokenScores
+from ftlit.stages.base import MicroLoss
+from ftlit.stages.reference import StoredScores, start_logps, stored_scores
+from ftlit.stages.validation import ValidatedStage
+
+_OF_SIDES = ("rewards", "logps", "lengths")
+SUMS = (
+    *("weight", "chosen", "rejected", "both", "loss", "rewards/margins", "rewards/accuracies"),
+    *(f"{name}/{side}" for name in _OF_SIDES for side in ("chosen", "rejected")),
+)
+
+
+class DPO(ValidatedStage):
+    """Trains a model on which of two answers to a prompt is the better one.
+
+    Rows come from `PreferenceData`. Prompt and answers run through the model as one tree, the prompt once. The
+    reference is the model at the **start of this run**: what is trained is switched off (an adapter), or put back (full
+    fine-tuning, which keeps a copy of the start weights in memory); so it costs a second forward pass and no second
+    model. Dropout never touches it. With an adapter that starts at zero the first loss of DPO is `ln 2`.
+
+    Logged, in training and as `val/...`, as means over the pairs by weight: `loss`; `rewards/chosen`,
+    `rewards/rejected` (`beta` times the log-ratio; see the loss), `rewards/margins`, `rewards/accuracies` (share of
+    pairs whose better answer has the strictly higher reward), `logps/chosen`, `logps/rejected` (nats an answer),
+    `lengths/chosen`, `lengths/rejected` (trained tokens an answer), and `kl` where the loss has a reference point.
+
+    Args:
+        args: Arguments of every stage.
+        loss: A preference loss, or what TRL calls one (`sigmoid`, `ipo`, `kto`, `simpo`, ...).
+        cache_reference: Score all rows with the reference once, before training, and keep the scores on disk
+            (`$FTLIT_CACHE` or `~/.cache/ftlit`); found again by the start weights and the tokens. Saves the reference's
+            forward pass from the second epoch or the second run on.
+        kwargs: Arguments of every stage.
+
+    Raises:
+        ConfigError: If there is no such loss.
+    """
+
+    loss_unit: ClassVar[str] = "nats a pair"
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: PreferenceLoss | str = "sigmoid",
+        cache_reference: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss_of(loss)
+        self.cache_reference = cache_reference
+        self._stored: dict[str, StoredScores] = {}
+        if cache_reference and not self.loss.needs_reference:
+            raise ConfigError(f"model.cache_reference: {type(self.loss).__name__} needs no reference; leave it out.")
+
+    @property
+    def couples(self) -> bool:
+        """Whether the rows of a micro-batch must stay together."""
+        return self.loss.couples
+
+    @property
+    @override
+    def watch(self) -> frozenset[str]:
+        return self.loss.watch
+
+    def total(self, totals: StepTotals) -> float:
+        """The weight of the step's pairs."""
+        return totals.weight
+
+    # ---- the model and its reference ------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        for key, rows in getattr(data, "sets", {}).items():
+            if not key.startswith("added:"):
+                check_rows(self.loss, rows)
+
+    @override
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        super().configure_model()
+        if self.loss.needs_reference and self.policy is not None:
+            self.strategy.remember_start(self.policy.lm)  # before the weights of a checkpoint are loaded
+
+    def on_train_start(self) -> None:
+        """Scores the training rows with the reference, where that is wanted."""
+        super().on_train_start()
+        if self.cache_reference:
+            self._scores_of("train")
+
+    def reference(self, batch: PackedBatch, rows: str) -> Tensor | None:
+        """Log-probabilities of the targets under the reference, `[N]`; None where the loss needs none.
+
+        Args:
+            batch: The micro-batch.
+            rows: The set of rows it is from.
+        """
+        assert self.policy is not None
+        if not self.loss.needs_reference:
+            return None
+        if self.cache_reference:
+            return self._scores_of(rows).of(batch)
+        return start_logps(self.policy, batch)
+
+    def _scores_of(self, rows: str) -> StoredScores:
+        if rows not in self._stored:
+            data: Any = self.trainer.datamodule
+            joined = data.sets[rows]
+            self._stored[rows] = stored_scores(self, joined, rows, data.batch_size, data.max_tokens)
+        return self._stored[rows]
+
+    # ---- one micro-batch ------------------------------------------------------------------------------------------
+
+    def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
+        """Weighted sum of the losses of the pairs."""
+        return self._measured(batch, scores, "train")
+
+    def _measured(self, batch: PackedBatch, scores: TokenScores, rows: str) -> MicroLoss:
+        kl = self._reference_point(batch) if self.loss.needs_kl else None
+        answers = preference_scores(batch, scores, self.reference(batch, rows), kl)
+        weights = torch.tensor([pair.weight for pair in batch.pairs], dtype=torch.float64, device=scores.logps.device)
+        losses = self.loss(answers)
+        sums = pair_sums(answers, losses.detach(), self.loss.rewards(answers).detach(), weights)
+        if kl is not None:
+            sums["kl"] = kl * weights.sum()
+        return MicroLoss((losses * weights).sum(), sums)
+
+    @torch.no_grad()
+    def _reference_point(self, batch: PackedBatch) -> Tensor:
+        """How far the policy has moved on answers to other prompts: the mean of the log-ratios, at least 0, nats."""
+        assert self.policy is not None
+        other, prompts = neighbours(batch)
+        was = self.policy.training
+        self.policy.eval()
+        try:
+            ratios = self.policy(other).logps.double() - start_logps(self.policy, other)
+        finally:
+            self.policy.train(was)
+        mean = (ratios * other.target_weights.ne(0)).sum() / prompts
+        return mean.clamp(min=0) if prompts > 1 else mean * 0
+
+    @override
+    def step_summary(self, means: dict[str, float]) -> dict[str, float]:
+        return summary(means)
+
+    @override
+    def new_metric(self) -> Sums:
+        return Sums((*SUMS, "kl") if self.loss.needs_kl else SUMS, summary)
+
+    @override
+    def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
+        assert self.policy is not None
+        metric.update(self._measured(batch, self.policy(batch, watch=self.watch), rows).sums)
+
+
+def preference_scores(
+    batch: PackedBatch, scores: TokenScores, ref_logps: Tensor | None = None, kl: Tensor | None = None
+) -> PreferenceScores:
+    """What a preference loss is given of a micro-batch.
+
+    Args:
+        batch: The micro-batch, with the targets of its own rows only.
+        scores: What the policy says of them.
+        ref_logps: What the reference says of them, `[N]`.
+        kl: The reference point.
+    """
+    parents, sources = batch.segments.parents, batch.sources
+    answers = [number for number, parent in enumerate(parents) if parent >= 0 and sources[number] == 0]
+    place = {segment: number for number, segment in enumerate(answers)}
+    counts = torch.bincount(batch.target_segments, minlength=len(parents)).tolist()
+    pairs = [(place.get(pair.better, -1), place.get(pair.worse, -1)) for pair in batch.pairs]
+    margins = torch.tensor([pair.margin for pair in batch.pairs], dtype=torch.float64, device=scores.logps.device)
+    lengths = [counts[segment] for segment in answers]
+    return PreferenceScores(scores.logps, lengths, pairs, ref_logps, margins, scores.log_sum_sq, kl)
+
+
+def pair_sums(answers: PreferenceScores, losses: Tensor, rewards: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs that `summary` makes means of.
+
+    Args:
+        answers: Of the micro-batch.
+        losses: Loss of each pair, `[P]`.
+        rewards: Reward of each answer, `[A]`.
+        weights: Of the pairs, `[P]`.
+    """
+    good, bad = weights * answers.has_chosen, weights * answers.has_rejected
+    both = good * answers.has_rejected
+    margins = answers.better(rewards) - answers.worse(rewards)
+    sums = {
+        "weight": weights.sum(),
+        "chosen": good.sum(),
+        "rejected": bad.sum(),
+        "both": both.sum(),
+        "loss": (losses * weights).sum(),
+        "rewards/margins": (margins * both).sum(),
+        "rewards/accuracies": ((margins > 0) * both).sum(),
+    }
+    for name, values in zip(_OF_SIDES, (rewards, answers.totals.detach(), answers.counts), strict=True):
+        sums[f"{name}/chosen"] = (answers.better(values) * good).sum()
+        sums[f"{name}/rejected"] = (answers.worse(values) * bad).sum()
+    return sums
+
+
+def summary(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics from sums, or from sums divided by one number.
+
+    Margins of rows without a partner are the difference of the means; accuracies there are none.
+    """
+    found: dict[str, float] = {
+        name: sums[name] / sums["weight"] for name in ("loss", "kl") if name in sums and sums["weight"]
+    }
+    for side in ("chosen", "rejected"):
+        if sums[side]:
+            found |= {f"{name}/{side}": sums[f"{name}/{side}"] / sums[side] for name in _OF_SIDES}
+    if sums["both"]:
+        found |= {f"rewards/{name}": sums[f"rewards/{name}"] / sums["both"] for name in ("margins", "accuracies")}
+    elif sums["chosen"] and sums["rejected"]:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
+
+
+def neighbours(batch: PackedBatch) -> tuple[PackedBatch, int]:
+    """Each prompt of a micro-batch with the first answer of the next prompt, and how many prompts there are.
+
+    Args:
+        batch: The micro-batch, with the targets of its own rows only.
+    """
+    segments, ids = batch.segments, batch.input_ids[0]
+    first: dict[int, int] = {}
+    for number, parent in enumerate(segments.parents):
+        if parent >= 0 and batch.sources[number] == 0:
+            first.setdefault(parent, number)
+    prompts = list(first)
+    taken, places, lengths, parents, owners = [], [], list[int](), list[int](), list[int]()
+    chosen, ends = [], []
+    owner_of = batch.target_segments
+    for number, prompt in enumerate(prompts):
+        donor = prompts[(number + 1) % len(prompts)]
+        answer = first[donor]
+        begin = sum(lengths)
+        for segment in (prompt, answer):
+            offset, length = segments.offsets[segment], segments.lengths[segment]
+            taken.append(torch.arange(offset, offset + length, device=ids.device))
+            lengths.append(length)
+        own, more = lengths[-2:]
+        places.append(torch.arange(own + more, device=ids.device))
+        parents += [-1, len(parents)]
+        owners += [batch.examples[prompt]] * 2
+        (targets,) = (owner_of == answer).nonzero(as_tuple=True)
+        chosen.append(targets)
+        # Tokens of the answer before each target: none where the prompt predicts it.
+        before = batch.target_positions[targets] - segments.offsets[answer]
+        last = segments.offsets[donor] + segments.lengths[donor] - 1
+        opens = batch.target_positions[targets] == last
+        ends.append(begin + own + torch.where(opens, -1, before))
+    targets = torch.cat(chosen)
+    made = batch.replace(
+        input_ids=ids[torch.cat(taken)][None],
+        position_ids=torch.cat(places)[None],
+        segments=Segments(lengths, parents),
+        target_positions=torch.cat(ends),
+        target_ids=batch.target_ids[targets],
+        target_weights=batch.target_weights[targets],
+        target_segments=torch.repeat_interleave(
+            torch.arange(1, len(parents), 2, device=ids.device),
+            torch.tensor([len(part) for part in chosen], device=ids.device),
+        ),
+        examples=tuple(owners),
+        sources=(),
+        pairs=(),
+    )
+    return made, len(prompts)
+
+
+def check_rows(loss: PreferenceLoss, rows: Any) -> None:
+    """Refuses rows that a loss cannot be computed of, or of which it would not use a column.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    name = type(loss).__name__
+    for part in rows.parts if isinstance(rows, Joined) else []:
+        if not isinstance(part, Comparisons):
+            raise ConfigError("DPO trains on answers that are compared: set data to PreferenceData.")
+        if part.has_single and not loss.unpaired:
+            raise ConfigError(
+                f"{name} compares answers, and some rows have one answer with a label; train on these with "
+                "model.loss=KTO or APOZero."
+            )
+        if part.has_margins and not loss.uses_margins:
+            raise ConfigError(f"{name} does not use a margin column; leave it out with data.columns={{margin: null}}.")
+        if part.has_weights and not loss.aligned:
+            raise ConfigError(
+                f"{name} sorts its pairs, so these cannot have weights; leave them out with "
+                "data.columns={weight: null}."
+            )
+
+
+__all__ = ["DPO", "SUMS", "check_rows", "neighbours", "pair_sums", "preference_scores", "summary"]

@@ -1,0 +1,357 @@
+"""The DPO stage: its reference, its sums, and what it refuses."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+
+from ftlit.batch import Answers, Example, Pair, pack
+from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
+from ftlit.data.store import Joined
+from ftlit.errors import ConfigError
+from ftlit.forgetting import Replay
+from ftlit.objectives import dpo
+from ftlit.objectives.preference_sums import NAMES, WPO, LengthDesensitized, WeightedSum, loss_of
+from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
+from ftlit.peft.io import save_adapter
+from ftlit.stages import DPO
+from ftlit.stages.dpo import neighbours, summary
+from ftlit.stages.reference import start_logps
+from ftlit.testing import tiny_comparisons, tiny_examples, tiny_lm
+
+SIZES = ((4, 5, 3), (9, 2, 7), (3, 6, 6), (5, 1, 4), (2, 8, 3), (7, 3, 2), (1, 2, 2))
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, comparisons, validation=None, **plan):
+        super().__init__()
+        self.sets = {"train": Joined([comparisons])}
+        if validation is not None:
+            self.sets["validation:main"] = Joined([validation])
+        self.validation_names = ["main"]
+        self.options = {"batch_size": 4, "max_tokens": None, "shuffle": False, **plan}
+        self.added_rows = []
+        self.batch_size, self.max_tokens = self.options["batch_size"], self.options["max_tokens"]
+
+    def planner(self, accumulate=1, world=1):
+        return StepPlanner(
+            self.sets["train"], accumulate=accumulate, world=world, added_rows=self.added_rows, **self.options
+        )
+
+    def train_dataloader(self):
+        stage = self.trainer.lightning_module
+        return StepLoader(self.sets["train"], self.planner(stage.accumulate, self.trainer.world_size))
+
+    def val_dataloader(self):
+        if "validation:main" not in self.sets:
+            return []
+        return [EvalLoader(self.sets["validation:main"], self.batch_size, self.max_tokens)]
+
+
+class Record(L.Callback):
+    def __init__(self):
+        self.steps, self.grads = [], []
+
+    def on_before_optimizer_step(self, trainer, stage, optimizer):
+        self.grads.append({n: p.grad.clone() for n, p in stage.named_parameters() if p.grad is not None})
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        self.steps.append(dict(stage.step_metrics))
+
+
+def fit(strategy=None, *, comparisons=None, validation=None, trainer=None, lm=None, plan=None, **arguments):
+    torch.manual_seed(0)
+    arguments = {"lr": 1e-2, "warmup": 0, "schedule": "constant", **arguments}
+    stage = DPO(policy=lm or tiny_lm("llama", torch.float64), peft=strategy or LoRA(rank=3), **arguments)
+    record = Record()
+    options = {"max_epochs": 2, **(trainer or {})}
+    callbacks = [record, *options.pop("callbacks", [])]
+    runner = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision="64-true", callbacks=callbacks, **options,
+    )  # fmt: skip
+    runner.fit(stage, Data(tiny_comparisons() if comparisons is None else comparisons, validation, **(plan or {})))
+    return stage, record, runner
+
+
+@pytest.mark.parametrize("make", [LoRA, Full], ids=lambda m: m.__name__)
+def test_the_first_margin_is_zero_also_for_a_model_changed_in_memory(make):
+    """The reference is the model as it is when the run starts, whatever its weights were read from."""
+    lm = tiny_lm("llama", torch.float64)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    _, record, _ = fit(make(), lm=lm)
+    assert record.steps[0]["train/loss"] == math.log(2)
+    assert record.steps[0]["train/rewards/margins"] == 0
+    assert record.steps[0]["train/rewards/chosen"] == 0
+    assert record.steps[1]["train/rewards/margins"] != 0
+    assert record.steps[-1]["train/loss"] < math.log(2)
+
+
+def test_the_reference_goes_on_from_an_adapter(tmp_path):
+    """What a run continues from belongs to its reference."""
+    lm, before = tiny_lm("llama", torch.float64), LoRA(rank=2)
+    before.apply(lm)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    save_adapter(before, lm, tmp_path / "adapter", "base")
+    batch = pack(tiny_comparisons()[:2])
+    plain, _, _ = fit(LoRA(rank=2), trainer={"max_steps": 2})
+    stage, record, _ = fit(LoRA(rank=2, from_adapter=str(tmp_path / "adapter")), trainer={"max_steps": 2})
+    assert record.steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert (start_logps(stage.policy, batch) - start_logps(plain.policy, batch)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [LoRA, Full, PrefixTuning, PromptTuning], ids=lambda m: m.__name__)
+def test_the_reference_stays_while_the_policy_moves(make):
+    batch = pack(tiny_comparisons()[:4])
+    fresh = DPO(policy=tiny_lm("llama", torch.float64), peft=make())
+    fresh.configure_model()
+    expected = start_logps(fresh.policy, batch)
+    stage, _, _ = fit(make())
+    torch.testing.assert_close(start_logps(stage.policy, batch), expected, rtol=0, atol=1e-12)
+    assert (stage.policy(batch).logps - expected).abs().max() > 1e-3
+    assert stage.policy.training
+
+
+def test_dropout_never_touches_the_reference():
+    stage, _, _ = fit(LoRA(rank=3, dropout=0.5), trainer={"max_steps": 1})
+    batch = pack(tiny_comparisons()[:4])
+    first, second = start_logps(stage.policy, batch), start_logps(stage.policy, batch)
+    assert torch.equal(first, second)
+    assert not torch.equal(stage.policy(batch).logps, stage.policy(batch).logps)
+    lm = tiny_lm("llama", torch.float64, attention_dropout=0.5)
+    stage, _, _ = fit(LoRA(rank=3), lm=lm, trainer={"max_steps": 1})
+    assert torch.equal(start_logps(stage.policy, batch), first)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "orpo", "ipo"])
+def test_how_a_step_is_cut_does_not_matter(name):
+    _, reference, _ = fit(loss=name)
+    for plan, accumulate in [({"batch_size": 2}, 2), ({"batch_size": 1}, 4), ({"max_tokens": 25}, 1)]:
+        _, record, _ = fit(loss=name, plan=plan, trainer={"accumulate_grad_batches": accumulate})
+        for ours, theirs in zip(record.grads, reference.grads, strict=True):
+            for key, gradient in theirs.items():
+                torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-9)
+        for ours, theirs in zip(record.steps, reference.steps, strict=True):
+            same = [key for key in theirs if not key.endswith("per_s")]
+            assert {k: ours[k] for k in same} == pytest.approx({k: theirs[k] for k in same}, abs=1e-9)
+
+
+def separate(stage, comparisons, index):
+    """Reward and log-probability of each answer of a row, by whole sequences, and its pairs."""
+    example = comparisons[index]
+    own = len(example.input_ids) - sum(example.answers.lengths)
+    begin, found = own, []
+    for length in example.answers.lengths:
+        ids = [*example.input_ids[:own], *example.input_ids[begin : begin + length]]
+        batch = pack([Example(ids, [0.0] * own + [1.0] * length)])
+        with torch.no_grad():
+            policy = float(stage.policy(batch).logps.sum())
+        found.append((policy, policy - float(start_logps(stage.policy, batch).sum()), length))
+        begin += length
+    return found, example.answers.pairs
+
+
+def test_metrics_are_means_over_pairs_by_weight():
+    shapes = [(4, 5, 3), (9, 2, 7, 4), (3, 6, 6)]
+    comparisons = tiny_comparisons(shapes)
+    comparisons.pieces.weights[comparisons.pieces.weights > 0] = 1.0
+    first = slice(comparisons.pieces.starts[1], comparisons.pieces.stops[2])
+    comparisons.pieces.weights[first] = 2.5  # the first row counts 2.5 times
+    stage, _, _ = fit(comparisons=comparisons, validation=comparisons, trainer={"max_steps": 3})
+    sums = dict.fromkeys(("w", "loss", "rc", "rr", "m", "acc", "lc", "lr", "nc", "nr"), 0.0)
+    for index in range(3):
+        found, pairs = separate(stage, comparisons, index)
+        for pair in pairs:
+            assert pair.weight == (2.5 if index == 0 else 1.0)
+            (lc, rc, nc), (lr, rr, nr) = found[pair.better], found[pair.worse]
+            values = {
+                "w": 1.0, "loss": math.log1p(math.exp(-0.1 * (rc - rr))), "rc": 0.1 * rc, "rr": 0.1 * rr,
+                "m": 0.1 * (rc - rr), "acc": float(rc > rr), "lc": lc, "lr": lr, "nc": nc, "nr": nr,
+            }  # fmt: skip
+            for key, value in values.items():
+                sums[key] += pair.weight * value
+    means = {key: value / sums["w"] for key, value in sums.items()}
+    expected = {
+        "val/loss": means["loss"], "val/rewards/chosen": means["rc"], "val/rewards/rejected": means["rr"],
+        "val/rewards/margins": means["m"], "val/rewards/accuracies": means["acc"], "val/logps/chosen": means["lc"],
+        "val/logps/rejected": means["lr"], "val/lengths/chosen": means["nc"], "val/lengths/rejected": means["nr"],
+    }  # fmt: skip
+    assert stage.last_metrics == pytest.approx(expected, rel=1e-9)
+
+
+EVERY = [*sorted(NAMES), "wpo", "desensitized", "mpo", "forward_kl"]
+
+
+def every(name):
+    made_of = {
+        "wpo": WPO,
+        "desensitized": LengthDesensitized,
+        "mpo": lambda: WeightedSum(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
+        "forward_kl": lambda: dpo.Sigmoid(divergence="forward_kl"),
+    }
+    return made_of[name]() if name in made_of else loss_of(name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_loss_goes_down(name):
+    """Ten steps on the same rows: less than at the start, and better answers win.
+
+    Likelihood alone has no worse answers, and DiscoPOP falls toward negative margins from where it starts: its slope at
+    0 is `m'(0) (1 - ln 2) - 3/4 > 0` with `m'(0) = 1 / (4 tau) = 5`.
+    """
+    loss = every(name)
+    _, record, _ = fit(loss=loss, trainer={"max_steps": 10, "max_epochs": -1}, plan={"batch_size": 7}, lr=5e-2)
+    assert record.steps[-1]["train/loss"] < record.steps[0]["train/loss"]
+    if name not in ("sft", "discopop"):
+        assert record.steps[-1]["train/rewards/accuracies"] > 0.7
+        assert record.steps[-1]["train/rewards/margins"] > record.steps[0]["train/rewards/margins"]
+    assert ("train/kl" in record.steps[-1]) == (name == "kto")
+
+
+def test_single_answers_with_labels():
+    comparisons = tiny_comparisons([(6, 6)] * 8, grades=[(1.0,), (0.0,)] * 4)
+    _, record, _ = fit(comparisons=comparisons, loss="kto", trainer={"max_steps": 10, "max_epochs": -1})
+    assert record.steps[0]["train/loss"] == pytest.approx(0.5)
+    assert record.steps[-1]["train/loss"] < 0.5
+    last = record.steps[-1]
+    assert last["train/rewards/margins"] == last["train/rewards/chosen"] - last["train/rewards/rejected"] > 0
+    assert "train/rewards/accuracies" not in last
+
+
+def test_neighbours_are_answers_of_other_prompts():
+    """Each prompt with the next one's first answer, as if it had been packed so."""
+    examples = [*tiny_comparisons(SIZES[:3])]
+    made_of, count = neighbours(pack(examples))
+    prompts = [len(e.input_ids) - sum(e.answers.lengths) for e in examples]
+    mixed = []
+    for number, example in enumerate(examples):
+        other, start = examples[(number + 1) % 3], prompts[(number + 1) % 3]
+        answer = list(other.input_ids[start : start + other.answers.lengths[0]])
+        ids = [*example.input_ids[: prompts[number]], *answer]
+        weights = [0.0] * prompts[number] + [1.0] * len(answer)
+        mixed.append(Example(ids, weights, 0.0, Answers((len(answer),), (Pair(0, -1),))))
+    expected = pack(mixed)
+    assert count == 3
+    assert made_of.segments.lengths == expected.segments.lengths
+    assert made_of.segments.parents == expected.segments.parents
+    for name in ("input_ids", "position_ids", "target_positions", "target_ids", "target_segments"):
+        assert torch.equal(getattr(made_of, name), getattr(expected, name)), name
+
+
+def test_reference_point_of_kto():
+    """The mean over prompts of log pi - log ref of the answers of their neighbours, not below 0."""
+    stage, _, _ = fit(loss="kto", trainer={"max_steps": 3})
+    batch = pack(tiny_comparisons()[:3])
+    other, _ = neighbours(batch)
+    with torch.no_grad():
+        expected = float((stage.policy(other).logps - start_logps(stage.policy, other)).sum()) / 3
+    assert float(stage._reference_point(batch)) == pytest.approx(max(0.0, expected))
+    assert float(stage._reference_point(pack(tiny_comparisons()[:1]))) == 0.0
+
+
+# ---- the cache of the reference -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path))
+    return tmp_path / "reference"
+
+
+@pytest.mark.parametrize("make", [LoRA, Full], ids=lambda m: m.__name__)
+def test_cached_scores_train_the_same(make, cache, monkeypatch):
+    live, reference, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]))
+    stage, record, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]), cache_reference=True)
+    assert len(list(cache.glob("*.npy"))) == 2
+    for ours, theirs in zip(record.grads, reference.grads, strict=True):
+        for key, gradient in theirs.items():
+            torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-9)
+    assert stage.last_metrics == pytest.approx(live.last_metrics, abs=1e-9)
+    assert record.steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-12)
+
+    def never(*args):
+        raise AssertionError("the reference ran again")
+
+    monkeypatch.setattr("ftlit.stages.reference.start_logps", never)
+    monkeypatch.setattr("ftlit.stages.dpo.start_logps", never)
+    _, second, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]), cache_reference=True)
+    assert [step["train/loss"] for step in second.steps] == [step["train/loss"] for step in record.steps]
+
+
+@pytest.mark.parametrize("change", ["weights", "tokens", "mask", "torn"])
+def test_stale_scores_are_never_used(change, cache):
+    fit(cache_reference=True, trainer={"max_steps": 1})
+    (file,) = cache.glob("*.npy")
+    lm, comparisons = tiny_lm("llama", torch.float64), tiny_comparisons()
+    if change == "weights":
+        with torch.no_grad():
+            next(iter(lm.parameters()))[7, 3] += 0.5
+    elif change == "tokens":
+        comparisons.pieces.ids[0] += 1
+    elif change == "mask":
+        comparisons.pieces.weights[comparisons.pieces.starts[2]] = 0.0
+    else:
+        file.write_bytes(file.read_bytes()[:-8])
+    _, record, _ = fit(lm=lm, comparisons=comparisons, cache_reference=True, trainer={"max_steps": 1})
+    assert record.steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert len(list(cache.glob("*.npy"))) == (1 if change == "torn" else 2)
+
+
+# ---- with other parts -----------------------------------------------------------------------------------------------
+
+
+def test_replay_beside_pairs():
+    """Rows that a control adds do not enter the loss of the pairs."""
+
+    class Added(Data):
+        def load_added(self, name, file):
+            return tiny_examples((9, 4, 12))
+
+    def run(callbacks):
+        torch.manual_seed(0)
+        stage = DPO(policy=tiny_lm("llama", torch.float64), peft=LoRA(rank=3), lr=1e-2)
+        record = Record()
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, precision="64-true", callbacks=[record, *callbacks], max_steps=2,
+        )  # fmt: skip
+        trainer.fit(stage, Added(tiny_comparisons()))
+        return record
+
+    plain, beside = run([]), run([Replay("general.jsonl", "ce", ratio=0.5)])
+    assert beside.steps[0]["train/loss"] == plain.steps[0]["train/loss"] == math.log(2)
+    assert beside.steps[0]["forgetting/replay/tokens"] > 0
+    assert beside.steps[0]["train/grad_norm"] != plain.steps[0]["train/grad_norm"]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "sentence"),
+    [
+        ("sigmoid", {"sizes": [(2, 1)]}, "Sigmoid compares answers, and some rows have one answer with a label"),
+        ("ipo", {"margin": 1.0}, "IPO does not use a margin column"),
+        ("aot", {"weight": 2.0}, "AOT sorts its pairs"),
+    ],
+)
+def test_rows_that_do_not_go_with_the_loss(loss, options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        fit(loss=loss, comparisons=tiny_comparisons(**options))
+
+
+def test_settings_that_do_not_go_together():
+    with pytest.raises(ConfigError, match="SimPO needs no reference"):
+        DPO(policy="x", loss="simpo", cache_reference=True)
+    with pytest.raises(ConfigError, match="did you mean 'sigmoid'"):
+        DPO(policy="x", loss="sigmod")
+
+
+def test_summary_of_nothing_is_nothing():
+    assert summary(dict.fromkeys(("weight", "chosen", "rejected", "both", "loss"), 0.0)) == {}
