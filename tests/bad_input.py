@@ -38,6 +38,11 @@ class World:
         """A run on the good rows."""
         return [*self.fit, "--data.train", self.rows, *more]
 
+    def own(self, text: str, strategy: str) -> list[str]:
+        """A run with a strategy in a file of one's own."""
+        self.write(f"{strategy.split('.')[0]}.py", text)
+        return self.on("--model.peft", strategy)
+
     def data(self, name: str, text: str | bytes, *more: str) -> list[str]:
         """A run on a file of rows."""
         return [*self.fit, "--data.train", self.write(name, text), *more]
@@ -74,6 +79,8 @@ class World:
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
         return self.folder / "adapter"
 
+
+HALF = "from ftlit import PEFTStrategy\nclass Half(PEFTStrategy):\n    def apply(self, model): pass\n"
 
 Case = Callable[[World], list[str]]
 CASES: dict[str, tuple[str, Case]] = {}
@@ -114,6 +121,10 @@ simple(
     misspelt_loss=lambda w: [*w.pair(), "--model.loss", "sigmod"],
     cache_of_no_reference=lambda w: [*w.pair(), "--model.loss", "simpo", "--model.cache_reference", "true"],
     misspelt_class=lambda w: w.on("--model.peft", "Lora2"),
+    class_that_its_file_lacks=lambda w: w.own("class BitFit: pass", "own1.Bitfit"),
+    class_of_another_kind=lambda w: w.own("class BitFit: pass", "own2.BitFit"),
+    class_in_a_torn_file=lambda w: w.own("x = (", "own3.BitFit"),
+    class_that_is_not_finished=lambda w: w.own(HALF, "own4.Half"),
     class_of_a_missing_file=lambda w: w.on("--model.peft", "mine.BitFit"),
     text_for_a_number=lambda w: w.on("--data.batch_size", "many"),
     unknown_choice=lambda w: w.on("--model.schedule", "cosin"),
