@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -109,6 +109,8 @@ class ForgettingProbe(ForgettingControl):
         self.seed = seed
         self.limit: float | None = None
         """The change that is allowed, nats a token, where there is a budget: the pictures show it."""
+        self.listeners: list[Callable[[L.Trainer, Stage], None]] = []
+        """Called after each round, while the model is still the one that was measured."""
         self.measured: dict[str, Measured] = {}
         self.drift: Drift | None = None
         self.start_values: dict[str, float] = {}
@@ -272,6 +274,8 @@ class ForgettingProbe(ForgettingControl):
         self.rounds += 1
         if trainer.is_global_zero:
             print(self._line(trainer.global_step, time.perf_counter() - began), flush=True)
+        for listener in self.listeners:
+            listener(trainer, stage)
         return self.last_values
 
     def _start_values(self) -> dict[str, float]:

@@ -150,6 +150,9 @@ class Stage(L.LightningModule):
         self._batch = StepBatch([], self.totals)
         self._validated_at = -1
 
+    predicts_tokens: ClassVar[bool] = False
+    """Whether its targets are tokens that the language model predicts, one by one."""
+
     # ---- what a stage says ----------------------------------------------------------------------------------------
 
     @abstractmethod
