@@ -14,12 +14,14 @@ from typing_extensions import override
 from ftlit.batch import Example
 from ftlit.data.datamodules import MAIN
 from ftlit.data.store import measure
+from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.documents import Documents, read_documents
 from ftlit.forgetting.drift import OUTSIDE, Drift, drift, start_norms
 from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
+from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -129,6 +131,10 @@ class ForgettingProbe(ForgettingControl):
 
     @override
     def refuse(self, stage: Stage) -> str | None:
+        if not isinstance(stage.policy, Policy):
+            return f"{type(stage).__name__} trains a model without next tokens, which is what is measured."
+        if not isinstance(getattr(getattr(stage.trainer, "datamodule", None), "template", None), ChatTemplate):
+            return "its data module has no chat template to read the documents with."
         if stage.strategy.trains_base and isinstance(stage.trainer.strategy, ModelParallelStrategy):
             return "the start of a model that is trained whole cannot be had while its weights are sharded; use ddp."
         return None

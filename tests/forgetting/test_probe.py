@@ -3,21 +3,32 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
+from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
 from ftlit.forgetting import ForgettingProbe
+from ftlit.models.policy import Policy
 from ftlit.peft import Full, LoRA
 from ftlit.stages.fsdp import FSDP2
+from ftlit.testing import tiny_lm, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
     ("strategy", "peft", "refused"), [(FSDP2, Full, True), (FSDP2, LoRA, False), (DDPStrategy, Full, False)]
 )
 def test_the_start_of_a_sharded_model_that_is_trained_whole_cannot_be_had(strategy, peft, refused):
-    stage = SimpleNamespace(strategy=peft(), trainer=SimpleNamespace(strategy=strategy()))
+    policy = Policy(tiny_lm(), peft())
+    data = SimpleNamespace(template=ChatTemplate(tiny_tokenizer()))
+    stage = SimpleNamespace(
+        policy=policy, strategy=policy.strategy, trainer=SimpleNamespace(strategy=strategy(), datamodule=data)
+    )
     reason = ForgettingProbe().refuse(stage)
     assert (reason is not None) == refused
     if refused:
         assert reason.endswith("use ddp.")
+    stage.trainer.datamodule = None
+    assert "no chat template" in ForgettingProbe().refuse(stage)
+    stage.policy = tiny_lm()
+    assert "without next tokens" in ForgettingProbe().refuse(stage)
 
 
 def test_it_says_what_it_does():
