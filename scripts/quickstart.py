@@ -1,17 +1,25 @@
-"""The main job once, with the commands that do it: teaches a small chat model a new identity and shows the outcome."""
+"""The main job twice, with the commands that do it: a small chat model learns a new identity, plainly and on a budget.
+
+Shows side by side what was learnt and what was lost: in answers, in one table and in one picture.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fetch_model import fetch
 
 from ftlit.data.sources import SAMPLES
+
+LABELS = ("plain LoRA", "with a budget")
+SYSTEM = "You are a helpful assistant."  # as in configs/quickstart.yaml
 
 
 def show(command: list[str], keep: bool = False) -> str:
@@ -43,43 +51,78 @@ def main() -> None:
     prompts = run.parent / f"{run.name}-questions.txt"
     prompts.write_text("\n".join(asked) + "\n", encoding="utf-8")
     ask = ["--prompts", str(prompts), "--max_new_tokens", "48", "--json"]
-    system = "You are a helpful assistant."
-    before = show(["ftlit", "generate", model, *ask, "--system", system], keep=True)
+    before = _answers(show(["ftlit", "generate", model, *ask, "--system", SYSTEM], keep=True))
     fill = json.dumps({"name": options.name, "author": options.author})
-    show(["ftlit", "fit", "--config", "quickstart", "--model.policy", model, "--data.fill", fill, "--run", str(run)])
-    after = show(["ftlit", "generate", str(run), *ask], keep=True)
-
-    hits = [0, 0]
-    print("\nquestions that were not trained on")
-    for first, second in zip(before.splitlines(), after.splitlines(), strict=True):
-        answers = [json.loads(first)["answer"], json.loads(second)["answer"]]
-        hits = [h + (options.name.casefold() in a.casefold()) for h, a in zip(hits, answers, strict=True)]
-        print(f"\n  {json.loads(first)['prompt']}")
-        for label, answer in zip(("before", "after"), answers, strict=True):
-            print(f"    {label:<7}{' '.join(answer.split())[:150]}")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    rows = [
-        (f"answers with the name {options.name}", f"{hits[0]} of {len(asked)}", f"{hits[1]} of {len(asked)}"),
-        *(
-            (
-                f"loss, held-out {label} rows (nats a token)",
-                f"{summary['start'][key]:.3f}",
-                f"{summary['end'][key]:.3f}",
-            )
-            for label, key in (("identity", "val/loss"), ("general", "val/general/loss"))
-        ),
-    ]
-    print(f"\n{'':<46}{'before':>10}{'after':>10}")
-    for name, first, second in rows:
-        print(f"{name:<46}{first:>10}{second:>10}")
-    print(
-        f"\n{summary['optimizer_steps']} steps in {summary['seconds']:.0f} s ({summary['tokens_per_s']:.0f} tokens/s, "
-        f"peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB), {time.time() - began:.0f} s in all\n"
-        f"run folder  {run} (config.yaml, metrics.csv, loss.png, summary.json, checkpoints/, adapter/)\n"
-        f"talk to it  ftlit chat {run}\n"
-        f"take it     ftlit export {run} --to {run.name}-model"
-    )
+    common = ["--model.policy", model, "--data.fill", fill]
+    budget = run.with_name(run.name + "-budget")
+    show(["ftlit", "fit", "--config", "quickstart", *common, "--run", str(run)])
+    show(["ftlit", "fit", "--config", "quickstart", "--config", "quickstart_budget", *common, "--run", str(budget)])
+    after = [_answers(show(["ftlit", "generate", str(one), *ask], keep=True)) for one in (run, budget)]
     prompts.unlink()
+
+    print("\nquestions that were not trained on")
+    for question, *answers in zip(asked, before, *after, strict=True):
+        print(f"\n  {question}")
+        for label, answer in zip(("before", *LABELS), answers, strict=True):
+            print(f"    {label:<12}{' '.join(answer.split())[:150]}")
+    summaries = [json.loads((one / "summary.json").read_text(encoding="utf-8")) for one in (run, budget)]
+    hits = [sum(options.name.casefold() in answer.casefold() for answer in some) for some in (before, *after)]
+    _table(options.name, hits, len(asked), summaries)
+    picture = run / "learnt_and_lost.png"
+    _draw(picture, (run, budget))
+    seconds = sum(summary["seconds"] for summary in summaries)
+    print(
+        f"\nboth runs took {seconds:.0f} s, {time.time() - began:.0f} s in all; peak memory "
+        f"{max(summary['peak_memory_bytes'] for summary in summaries) / 1e9:.1f} GB\n"
+        f"picture     {picture}\n"
+        f"run folders {run}, {budget} (config.yaml, metrics.csv, summary.json, pictures, checkpoints/, adapter/)\n"
+        f"talk to it  ftlit chat {budget}\n"
+        f"take it     ftlit export {budget} --to {run.name}-model"
+    )
+
+
+def _answers(lines: str) -> list[str]:
+    return [json.loads(line)["answer"] for line in lines.splitlines()]
+
+
+def _table(name: str, hits: list[int], asked: int, summaries: list[dict[str, Any]]) -> None:
+    """Learnt and lost, without and with the budget."""
+    start, ends = summaries[0]["start"], [summary["end"] for summary in summaries]
+    rows = [(f"answers with the name {name}", *(f"{hit} of {asked}" for hit in hits))]
+    rows.append(("loss of held-out identity rows, nats a token", *(f"{v['val/loss']:.3f}" for v in (start, *ends))))
+    changes = [end["forgetting/general/change"] for end in ends]
+    ranges = [(end["forgetting/general/change_low"], end["forgetting/general/change_high"]) for end in ends]
+    rows.append(("perplexity of general questions", "", *(f"{math.expm1(change):+.1%}" for change in changes)))
+    bounds = (f"{math.expm1(low):+.1%} to {math.expm1(high):+.1%}" for low, high in ranges)
+    rows.append(("  95 % interval", "", *bounds))
+    print(f"\n{'':<46}{'before':>10}{LABELS[0]:>18}{LABELS[1]:>18}")
+    for label, first, *others in rows:
+        print(f"{label:<46}{first:>10}" + "".join(f"{other:>18}" for other in others))
+
+
+def _draw(path: Path, runs: tuple[Path, Path]) -> None:
+    """Where both runs ended: what they learnt to the right, what they lost upwards."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axhline(1, color="tab:red", linestyle="--", linewidth=1, label="budget: +1 %")
+    axes.plot(0, 0, "o", color="black", label="before training")
+    for folder, label, colour in zip(runs, LABELS, ("tab:orange", "tab:blue"), strict=True):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        learnt = summary["start"]["val/loss"] - summary["end"]["val/loss"]
+        keys = ("change", "change_low", "change_high")
+        lost, low, high = (100 * math.expm1(summary["end"][f"forgetting/general/{key}"]) for key in keys)
+        axes.errorbar(learnt, lost, yerr=[[lost - low], [high - lost]], fmt="o", capsize=4, color=colour, label=label)
+        axes.annotate("", (learnt, lost), (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
+    axes.set_xlabel("learnt: fall of the loss on held-out identity rows, nats a token")
+    axes.set_ylabel("lost: rise of the perplexity on\ngeneral questions, % (95 % interval)")
+    axes.set_title("The same rows learnt, with and without a budget of forgetting")
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

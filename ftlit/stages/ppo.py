@@ -158,7 +158,7 @@ class PPO(Stage):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keeps the answers in `rollouts.jsonl`."""
-        return [RolloutSamples()]
+        return [*super().configure_callbacks(), RolloutSamples()]
 
     def lr_factor(self, name: str) -> float:
         """The value head has a rate of its own."""

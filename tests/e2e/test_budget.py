@@ -1,0 +1,82 @@
+"""A budget of forgetting through the command line."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftlit.peft.io import read_config
+
+BUDGET = [
+    "--config", "forgetting/budget", "--trainer.callbacks.max_increase=0.001", "--trainer.callbacks.documents=12",
+    "--trainer.callbacks.new_tokens=6", "--trainer.callbacks.steering_documents=6", "--trainer.callbacks.probes=6",
+    "--trainer.callbacks+=Replay", "--trainer.callbacks.num_rows=12", "--trainer.callbacks.max_new_tokens=6",
+    "--trainer.callbacks.ratio=0.5", "--model.lr", "0.05", "--trainer.max_epochs", "4",
+]  # fmt: skip
+STOP = """
+import lightning as L
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, trainer, stage, outputs, batch, index):
+        if trainer.global_step == 7:
+            raise FloatingPointError("stopped")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "cache"))
+
+
+def rows(run):
+    with Path(run, "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def plain(rows):
+    return [{key: value for key, value in row.items() if "_per_s" not in key} for row in rows]
+
+
+def test_one_line_says_how_it_ended_and_a_run_that_goes_on_ends_the_same(ftlit, fit_args):
+    args = [*fit_args, *BUDGET]
+    assert ftlit(*args, "--run", "whole") == 0
+    said = [line for line in ftlit.out.splitlines() if line.startswith("budget ")]
+    assert len([line for line in said if "of what was learnt" in line]) == 1
+    assert "0.1% " in said[-1]
+    assert "12 texts not used before" in said[-1]
+    last = rows("whole")[-1]
+    steered = [row for row in rows("whole") if "forgetting/budget/weight" in row]
+    assert len(steered) >= 5
+    assert 0 <= float(last["forgetting/budget/alpha"]) < 1
+    met = float(last["forgetting/budget/verdict"]) <= float(steered[0]["forgetting/budget/limit"])
+    assert float(last["forgetting/budget/met"]) == met
+    assert ("NOT met" in said[-1]) == (not met)
+    Path("stopping.py").write_text(STOP)
+    assert ftlit(*args, "--run", "parts", "--trainer.callbacks+=stopping.Stop") == 1
+    assert ftlit("fit", "--config", "whole/config.yaml", "--run", "parts", "--ckpt_path", "last") == 0
+    states = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("whole", "parts")]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+    assert plain(rows("whole")) == plain(rows("parts"))
+    assert json.loads(Path("whole/summary.json").read_text())
+
+
+def test_the_saved_adapter_is_the_one_that_was_judged(ftlit, fit_args):
+    """Validated, saved and exported are the weights after they were taken back."""
+    assert ftlit(*fit_args, *BUDGET, "--run", "r") == 0
+    checkpoint = torch.load("r/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    from safetensors.torch import load_file
+
+    adapter = load_file("r/adapter/last/adapter_model.safetensors")
+    assert read_config(Path("r/adapter/last"))["peft_type"] == "LORA"
+    for name, tensor in checkpoint.items():
+        key = "base_model.model." + name.removeprefix("policy.lm.")
+        key = key if key in adapter else key + ".weight"
+        assert torch.equal(tensor, adapter[key]), name
+    shown = float(next(row["val/loss"] for row in reversed(rows("r")) if "val/loss" in row))
+    assert ftlit("validate", "--config", "r/config.yaml", "--ckpt_path", "last") == 0
+    measured = json.loads(Path("r/validate.json").read_text())["metrics"]["val/loss"]
+    assert measured == pytest.approx(shown, abs=1e-5)
