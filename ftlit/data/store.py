@@ -317,10 +317,18 @@ class Joined(Sequence[Example]):
         return Measures(*(np.concatenate(arrays) for arrays in zip(*measured, strict=True)))
 
     def reweighted(self, factors: np.ndarray) -> Joined:
-        """The same examples with other weights; see `Examples.reweighted`."""
+        """The same examples with other weights; see `Examples.reweighted`.
+
+        Raises:
+            TypeError: If a part holds anything but examples of single texts.
+        """
         stops = np.cumsum([int(part.measures().targets.sum()) for part in self.parts])
-        split = np.split(factors, stops[:-1])
-        return Joined([part.reweighted(some) for part, some in zip(self.parts, split, strict=True)])
+        made = []
+        for part, some in zip(self.parts, np.split(factors, stops[:-1]), strict=True):
+            if not isinstance(part, Examples):
+                raise TypeError(f"{type(part).__name__} cannot be weighted token by token")
+            made.append(part.reweighted(some))
+        return Joined(made)
 
     def fingerprint(self) -> str:
         """A hash of every token and weight, in order."""

@@ -11,6 +11,7 @@ from typing_extensions import override
 from ftlit.errors import ConfigError
 from ftlit.forgetting.again import measure_again
 from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.pull import outside_head
 from ftlit.peft.base import Alpha
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Interpolate(ForgettingControl):
     What is forgotten falls with about `alpha^2`, what was learnt at first only with `alpha`. With `last_alpha` the
     share grows linearly with depth, from `alpha` in the first layer to `last_alpha` in the last, so that the general
     features of the shallow layers are kept: LiNeS (Wang et al. 2025, arXiv:2410.17146, eq. 3). Embeddings move with
-    the first layer, the final norm and the output layer with the last.
+    the first layer, the final norm and the output layer with the last; the head of a classifier is left as it is.
 
     It happens right after the last optimizer step: the last validation, every measurement, `last.ckpt` and
     `adapter/last` are of the model that was moved. (A run that is stopped early is moved when it has ended; validation
@@ -106,7 +107,8 @@ class Interpolate(ForgettingControl):
             return
         assert stage.policy is not None
         lm = stage.policy.lm
-        stage.strategy.interpolate(lm, self.share(int(lm.config.num_hidden_layers)))
+        share = self.share(int(lm.config.get_text_config().num_hidden_layers))
+        stage.strategy.interpolate(lm, outside_head(stage, share))
         self._moved_at = step
         if stage.trainer.is_global_zero and self.every_n_steps is None:
             print(f"{self.name} after step {step}: kept {self._words()}", flush=True)

@@ -43,7 +43,7 @@ class TargetKL(ForgettingControl):
     @override
     def refuse(self, stage: Stage) -> str | None:
         if not stage.predicts_tokens:
-            return f"{type(stage).__name__} has no trained tokens whose distribution could be kept; use Replay."
+            return f"{type(stage).__name__} trains no tokens of given rows that could be held to the start."
         if any(control is not self and 0 in control.kl for control in stage.controls):
             return "another control already holds the trained tokens to the start; use one."
         return None
@@ -56,9 +56,8 @@ class TargetKL(ForgettingControl):
     @override
     def penalty(self, stage: Stage, batch: PackedBatch, scores: TokenScores) -> Penalty | None:
         assert scores.kl is not None
-        own = batch.target_sources == 0
-        total = (scores.kl * batch.target_weights.to(scores.kl.dtype))[own].sum()
-        mean = total / stage.totals.weight
+        own = (batch.target_sources == 0) & (batch.target_weights != 0)
+        mean = scores.kl[own].sum() / stage.totals.targets
         return Penalty(mean, {"loss": mean.detach()})
 
     @override

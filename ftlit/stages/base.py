@@ -151,7 +151,7 @@ class Stage(L.LightningModule):
         self._validated_at = -1
 
     predicts_tokens: ClassVar[bool] = False
-    """Whether its targets are tokens that the language model predicts, one by one."""
+    """Whether its targets are tokens of given rows that the language model predicts."""
 
     # ---- what a stage says ----------------------------------------------------------------------------------------
 

@@ -54,6 +54,7 @@ class DPO(ValidatedStage):
     """
 
     loss_unit: ClassVar[str] = "nats a pair"
+    predicts_tokens: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence():
     class NoTokens(SFT):
         predicts_tokens = False
 
-    assert "NoTokens has no trained tokens" in TargetKL().refuse(NoTokens("x"))
+    assert "NoTokens trains no tokens of given rows" in TargetKL().refuse(NoTokens("x"))
     for settings in ({"temperature": 0}, {"weight": -1.0}):
         with pytest.raises(ConfigError, match="TargetKL"):
             TargetKL(**settings)
