@@ -54,6 +54,17 @@ class Stored(Sequence[Example], ABC):
     def hash_into(self, digest: Any) -> None:
         """Adds everything that training sees of the examples, in order, to a hash."""
 
+    def reweighted(self, factors: np.ndarray) -> Stored:
+        """The same examples with other weights.
+
+        Args:
+            factors: One for each trained token, example after example; 0: it is not trained any more.
+
+        Raises:
+            ConfigError: If the weights of single tokens mean nothing in these rows.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot be weighted token by token; leave that control out.")
+
 
 class Examples(Stored):
     """Examples as stretches of flat arrays; cutting and choosing make views, not copies.
