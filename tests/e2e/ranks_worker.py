@@ -53,7 +53,7 @@ def train(
     float64=False, sgd=True, precision=None, steps=10, plugins=None, gradient_checkpointing=False,
     alpha=None,
 ):  # fmt: skip
-    """Ten steps (and back, where `alpha` is given); returns the trained weights (on the first rank), the metrics and the micro-batches of each step."""
+    """Ten steps, and back by `alpha`; returns the trained weights (on the first rank), metrics, micro-batches."""
     torch.manual_seed(0)
     dtype = torch.float64 if float64 else torch.float32
     lm = tiny_lm(family, dtype)
