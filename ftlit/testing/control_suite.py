@@ -323,8 +323,8 @@ class ForgettingControlSuite(ABC):
 
     def test_its_state_is_made_of_plain_things(self) -> None:
         """Numbers, strings and tensors: a checkpoint runs no code when it is read."""
-        for strategy in self._sound().values():
-            _plain(self.run(strategy(), self._made()).state)
+        strategy = next(iter(self._sound().values()))
+        _plain(self.run(strategy(), self._made()).state)
 
     def _alike(self, ours: Ran, theirs: Ran, name: str) -> None:
         for key, one in theirs.weights.items():

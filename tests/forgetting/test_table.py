@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from ftlit.data.classification import ClassificationData
+from ftlit.data.preferences import PreferenceData
 from ftlit.errors import ConfigError
 from ftlit.forgetting import EWC, Interpolate, L2ToInit, SampleWeighting, TargetKL, TokenSelection
+from ftlit.forgetting.pull import add_gradient
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
-from ftlit.stages import Classification
+from ftlit.stages import Classification, RewardModel
 from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
 from tests.forgetting.test_replay import GENERAL
 from tests.stages import test_dpo, test_ppo
@@ -51,6 +53,7 @@ NOT_WITH = {
     "DPO": {"TokenSelection", "SampleWeighting"},
     "PPO": {"TokenSelection", "SampleWeighting", "TargetKL"},
     "Classification": {"TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
+    "RewardModel": {"TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
 }
 
 
@@ -67,21 +70,30 @@ def ppo(strategy, control, tmp_path):
 
 
 def classification(strategy, control, tmp_path):
-    path = tmp_path / "labels.jsonl"
     rows = [{"text": f"text number {number}", "label": "odd" if number % 2 else "even"} for number in range(12)]
+    return with_a_head(Classification, ClassificationData, rows, strategy, control, tmp_path)
+
+
+def reward(strategy, control, tmp_path):
+    rows = [{"prompt": f"Say {number}", "chosen": "yes" * number, "rejected": "no"} for number in range(1, 13)]
+    return with_a_head(RewardModel, PreferenceData, rows, strategy, control, tmp_path)
+
+
+def with_a_head(kind, data, rows, strategy, control, tmp_path):
+    path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     torch.manual_seed(0)
-    stage = Classification(tiny_lm("llama", torch.float64), strategy, lr=1e-2, warmup=0, schedule="constant")
+    stage = kind(tiny_lm("llama", torch.float64), strategy, lr=1e-2, warmup=0, schedule="constant")
     stage.tokenizer = tiny_tokenizer()
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, precision="64-true",
         enable_model_summary=False, max_steps=3, max_epochs=-1, callbacks=control, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(stage, ClassificationData(str(path), batch_size=4, cache=False))
+    trainer.fit(stage, data(str(path), batch_size=4, cache=False))
     return stage
 
 
-STAGES = {"DPO": dpo, "PPO": ppo, "Classification": classification}
+STAGES = {"DPO": dpo, "PPO": ppo, "Classification": classification, "RewardModel": reward}
 
 
 def size(stage):
@@ -117,8 +129,17 @@ def test_every_cell_holds_the_model_or_is_refused(name, strategy, tmp_path):
             assert size(held) < 0.99 * size(plain), control
         if control == "Interpolate":
             assert size(held) == 0
-            if name == "Classification":  # its head has no start worth going back to
+            if name in ("Classification", "RewardModel"):  # its head has no start worth going back to
                 trained = [p for n, p in plain.policy.lm.named_parameters() if n.startswith("score")]
                 ours = [p for n, p in held.policy.lm.named_parameters() if n.startswith("score")]
                 assert trained
                 assert all(torch.equal(mine, other) for mine, other in zip(ours, trained, strict=True))
+
+
+def test_a_head_of_its_own_is_not_pulled(tmp_path):
+    """It was drawn at random: the start is no place to go back to."""
+    stage = classification(Full(), [L2ToInit(weight=0.0)], tmp_path)
+    stage.zero_grad()
+    add_gradient(stage, lambda change: change.sq_norm(), 1.0)
+    for name, parameter in stage.policy.lm.named_parameters():
+        assert (parameter.grad is None) == name.startswith("score."), name
