@@ -158,7 +158,7 @@ class ForgettingBudget(ForgettingControl):
             first[name], second[name] = self._documents(stage, rows)
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
-        target = self._target_documents(stage.trainer.datamodule)
+        target = self._target_documents(stage)
         sets = {"steering": steering, "first": first, "second": second}
         if target is not None:
             sets[_TARGET] = {_TARGET: target}
@@ -192,13 +192,14 @@ class ForgettingBudget(ForgettingControl):
         )
         return _halves(both)
 
-    def _target_documents(self, data: Any) -> Documents | None:
-        """Some of the run's own validation rows, or without any, of its training rows; None of prompts alone."""
+    def _target_documents(self, stage: Stage) -> Documents | None:
+        """Some of the run's own validation rows, or without any, of its training rows; None where none has targets."""
+        if not stage.predicts_tokens:
+            return None
+        data: Any = stage.trainer.datamodule
         names = getattr(data, "validation_names", [])
         name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
-        examples: Sequence[Example] | None = data.sets.get(name)
-        if examples is None:
-            return None
+        examples: Sequence[Example] = data.sets[name]
         most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
         return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
 
