@@ -21,6 +21,7 @@ from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
+from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -140,6 +141,8 @@ class ForgettingBudget(ForgettingControl):
     def refuse(self, stage: Stage) -> str | None:
         if sum(isinstance(control, ForgettingBudget) for control in stage.controls) > 1:
             return "a run has one budget; give its domains to one."
+        if not isinstance(stage.policy, Policy):
+            return f"{type(stage).__name__} trains a model without next tokens, which is what is measured."
         known = [control.name for control in stage.controls if control is not self]
         unknown = [name for name in self.names or [] if name not in known]
         if unknown:
