@@ -30,7 +30,8 @@ class WriteEvaluation(L.Callback):
             return
         measured = {key: float(value) for key, value in trainer.callback_metrics.items() if key != "step"}
         values = dict(sorted(measured.items(), key=lambda item: item[0].startswith("gen/")))  # losses first
-        print("\n".join(table(values)), flush=True)
+        stage: Any = trainer.lightning_module
+        print("\n".join(table(values, stage.loss_unit)), flush=True)
         assert trainer.state.fn is not None
         path = Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.json"
         result: dict[str, Any] = {"checkpoint": trainer.ckpt_path, "metrics": finite(values)}

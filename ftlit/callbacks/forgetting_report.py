@@ -174,7 +174,7 @@ def _draw_plane(folder: Path, series: Series, limit: float | None) -> Path:
     if limit is not None:
         axes.legend(loc="best")
     axes.axvline(0, color="0.4", lw=0.8)
-    axes.margins(x=0.1)
+    axes.margins(x=0.14, y=0.08)
     axes.set_title(f"{folder.absolute().name}: learnt against forgotten (best: far right, not above 0)")
     axes.set_xlabel("learnt: loss of the target's held-out rows fell by (nats a token)")
     axes.set_ylabel("forgotten: loss of the worst\ndomain rose by (nats a token)")

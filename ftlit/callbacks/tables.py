@@ -19,13 +19,18 @@ def finite(values: dict[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
-def table(values: dict[str, float]) -> list[str]:
-    """Aligned lines of metrics with what they are measured in; the ends of an interval stand behind its mean."""
+def table(values: dict[str, float], loss_unit: str = _UNITS["loss"]) -> list[str]:
+    """Aligned lines of metrics with what they are measured in; the ends of an interval stand behind its mean.
+
+    Args:
+        values: The metrics.
+        loss_unit: What the losses are measured in.
+    """
     shown = {key: value for key, value in values.items() if not key.endswith(("_low", "_high"))}
     width = max((len(key) for key in shown), default=0)
     lines = []
     for key, value in shown.items():
-        note = _UNITS.get(key.rsplit("/", 1)[-1], "")
+        note = {**_UNITS, "loss": loss_unit}.get(key.rsplit("/", 1)[-1], "")
         if f"{key}_low" in values:
             low, high = values[f"{key}_low"], values[f"{key}_high"]
             note = f"95 % interval {number(low)} to {number(high)}"

