@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
-from ftlit.errors import ConfigError, nearest
+from ftlit.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
 
@@ -35,7 +36,9 @@ def resolve(name: str) -> str:
     short = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("configs/")
     if short in names():
         return str(config_dir() / f"{short}.yaml")
-    raise ConfigError(f"config {name!r} is neither a file nor a shipped config: {nearest(short, names())}")
+    close = difflib.get_close_matches(short, names(), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "ftlit configs lists those."
+    raise ConfigError(f"config {name!r} is neither a file nor a shipped config: {hint}")
 
 
 def resolve_all(args: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ class World:
         self.fit += ["--model.policy", model, "--trainer.max_steps", "1"]
         turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
         self.good = json.dumps({"messages": turns})
+        self.dpo = [option if option != "sft" else "dpo" for option in self.fit]
         self.rows = self.write("good.jsonl", f"{self.good}\n" * 4)
 
     def write(self, name: str, text: str | bytes) -> str:
@@ -37,6 +38,11 @@ class World:
         """A run on the good rows."""
         return [*self.fit, "--data.train", self.rows, *more]
 
+    def own(self, text: str, strategy: str) -> list[str]:
+        """A run with a strategy in a file of one's own."""
+        self.write(f"{strategy.split('.')[0]}.py", text)
+        return self.on("--model.peft", strategy)
+
     def data(self, name: str, text: str | bytes, *more: str) -> list[str]:
         """A run on a file of rows."""
         return [*self.fit, "--data.train", self.write(name, text), *more]
@@ -44,6 +50,16 @@ class World:
     def row(self, row: object, *more: str) -> list[str]:
         """A run on a good row and then another one."""
         return self.data("rows.jsonl", f"{self.good}\n{json.dumps(row, ensure_ascii=False)}\n", *more)
+
+    def pairs(self, row: dict[str, object]) -> list[str]:
+        """DPO on rows of preferences: a good pair, unless a row is given."""
+        row = row or {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+        return [*self.dpo, "--data.train", self.write("pairs.jsonl", f"{json.dumps(row)}\n")]
+
+    def pair(self, **columns: object) -> list[str]:
+        """DPO on a pair with some columns changed; null leaves the prompt out."""
+        row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", **columns}
+        return self.pairs({key: value for key, value in row.items() if key != "prompt" or value is not None})
 
     def messages(self, *turns: dict[str, object]) -> list[str]:
         """A run on a good row and then another conversation."""
@@ -63,6 +79,8 @@ class World:
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
         return self.folder / "adapter"
 
+
+HALF = "from ftlit import PEFTStrategy\nclass Half(PEFTStrategy):\n    def apply(self, model): pass\n"
 
 Case = Callable[[World], list[str]]
 CASES: dict[str, tuple[str, Case]] = {}
@@ -100,7 +118,13 @@ simple(
     misspelt_option=lambda w: w.on("--trainer.max_epoch", "3"),
     name_from_another_framework=lambda w: w.on("--learning_rate", "1e-4"),
     misspelt_argument_of_a_class=lambda w: w.on("--model.peft.rnak", "4"),
+    misspelt_loss=lambda w: [*w.pair(), "--model.loss", "sigmod"],
+    cache_of_no_reference=lambda w: [*w.pair(), "--model.loss", "simpo", "--model.cache_reference", "true"],
     misspelt_class=lambda w: w.on("--model.peft", "Lora2"),
+    class_that_its_file_lacks=lambda w: w.own("class BitFit: pass", "own1.Bitfit"),
+    class_of_another_kind=lambda w: w.own("class BitFit: pass", "own2.BitFit"),
+    class_in_a_torn_file=lambda w: w.own("x = (", "own3.BitFit"),
+    class_that_is_not_finished=lambda w: w.own(HALF, "own4.Half"),
     class_of_a_missing_file=lambda w: w.on("--model.peft", "mine.BitFit"),
     text_for_a_number=lambda w: w.on("--data.batch_size", "many"),
     unknown_choice=lambda w: w.on("--model.schedule", "cosin"),
@@ -358,6 +382,22 @@ simple(
         "r.json", '[{"conversations": [{"from": "martian", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}]'),
     text_of_nothing=lambda w: w.data("r.jsonl", '{"text": ""}\n'),
     everything_cut_away=lambda w: w.on("--data.max_length", "3"),
+    null_rejected=lambda w: w.pair(rejected=None),
+    chosen_of_the_wrong_type=lambda w: w.pair(chosen=3),
+    answers_of_two_shapes=lambda w: w.pair(chosen=[user(), answer()], rejected="No."),
+    conversations_that_begin_apart=lambda w: w.pair(
+        prompt=None, chosen=[user(), answer()], rejected=[user("Ho?"), answer("No.")]),
+    texts_that_begin_apart=lambda w: w.pair(prompt=None, chosen="Yes.", rejected="No."),
+    pairs_that_are_all_equal=lambda w: w.pairs({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes."}),
+    answers_that_are_all_empty=lambda w: w.pairs({"prompt": "Hi?", "chosen": "Yes.", "rejected": " "}),
+    margin_below_0=lambda w: w.pair(margin=-1),
+    margin_that_is_not_used=lambda w: [*w.pair(margin=2), "--model.loss", "ipo"],
+    label_that_is_neither_true_nor_false=lambda w: w.pairs({"prompt": "Hi?", "completion": "Yes.", "label": "good"}),
+    labels_for_a_loss_of_pairs=lambda w: w.pairs({"prompt": "Hi?", "completion": "Yes.", "label": True}),
+    ranking_of_one=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes."]}),
+    scores_that_are_too_few=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", "No."], "scores": [1]}),
+    conversations_for_DPO=lambda w: [*w.dpo, "--data.train", w.rows],
+    pairs_for_SFT=lambda w: [*w.fit, "--data.train", w.pairs({})[-1], "--data.format", "Pairs"],
 )  # fmt: skip
 
 

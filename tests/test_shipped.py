@@ -59,12 +59,9 @@ def test_unknown_name_suggests_the_nearest(name, hint):
     assert str(error.value) == f"config {name!r} is neither a file nor a shipped config: {hint}"
 
 
-def test_name_without_a_near_one_lists_what_there_is():
-    with pytest.raises(ConfigError) as error:
+def test_name_without_a_near_one():
+    with pytest.raises(ConfigError, match="'zzzzzz' is neither a file nor a shipped config: ftlit configs lists those"):
         resolve("zzzzzz")
-    text = str(error.value)
-    assert text.startswith("config 'zzzzzz' is neither a file nor a shipped config: known: base, ")
-    assert all(f"{name}" in text for name in names()[:12])
 
 
 @pytest.mark.parametrize("name", ["", "."])

@@ -11,6 +11,7 @@ from ftlit.forgetting.drift import OUTSIDE, Drift
 from ftlit.forgetting.probe import TARGET, ForgettingProbe
 
 _PREFIX = "forgetting/"
+NLL = "nats a trained token"
 _HEADER = ("", "before", "after", "change", "95 % interval", "perplexity", "same choice", "KL", "")
 Values = Mapping[str, float | None]
 Series = Mapping[str, Sequence[tuple[int, float]]]
@@ -26,17 +27,19 @@ def domains_of(values: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name != TARGET)
 
 
-def learnt_and_lost(start: Values, end: Values) -> list[str]:
+def learnt_and_lost(start: Values, end: Values, unit: str = NLL) -> list[str]:
     """The table at the end of a run; no line where nothing was measured.
 
     Args:
         start: What was measured before training.
         end: What was measured last.
+        unit: What the target's loss is measured in; where that is not the likelihood of the rows, nothing is said of
+            how well these are learnt.
     """
     names = [name for name in domains_of(end) if start.get(f"{_PREFIX}{name}/nll") is not None]
     if not names:
         return []
-    rows = [_HEADER, *(_row(name, start, end) for name in names)]
+    rows = [_HEADER, *(_row(name, start, end, unit) for name in names)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(_HEADER))]
     lines = ["what was learnt and what was lost (nats a token; interval over documents)"]
     for row in rows:
@@ -44,7 +47,7 @@ def learnt_and_lost(start: Values, end: Values) -> list[str]:
         cells = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=False)]
         lines.append(f"{name:<{max(10, widths[0])}} {'  '.join(cells)}  {verdict}".rstrip())
     fell = [row[0] for row in rows[1:] if row[-1] == "loss fell"]
-    if fell:
+    if fell and not any(row[-1] == "forgotten" for row in rows):
         lines.append(
             f"note       {', '.join(fell)}: a lower loss does not mean that nothing was lost; KL and `same choice` say "
             "how much the model has changed there, and a domain `self` (its own text) what it has lost."
@@ -52,7 +55,7 @@ def learnt_and_lost(start: Values, end: Values) -> list[str]:
     return lines
 
 
-def _row(name: str, start: Values, end: Values) -> tuple[str, ...]:
+def _row(name: str, start: Values, end: Values, unit: str) -> tuple[str, ...]:
     def of(values: Values, key: str) -> float:
         value = values.get(f"{_PREFIX}{name}/{key}")
         return math.nan if value is None else value
@@ -68,7 +71,7 @@ def _row(name: str, start: Values, end: Values) -> tuple[str, ...]:
         f"x {of(end, 'ppl_ratio'):.3f}",
         f"{of(end, 'agreement'):.1%}",
         "-" if math.isnan(kl) else f"{kl:.4f}",
-        verdict(low, high, learnt=name == TARGET),
+        verdict(low, high, learnt=name == TARGET) if name != TARGET or unit == NLL else "",
     )
 
 
@@ -112,13 +115,14 @@ def _moved(drift: Drift) -> str:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw(folder: Path, series: Series, limit: float | None = None) -> list[Path]:
+def draw(folder: Path, series: Series, limit: float | None = None, unit: str = NLL) -> list[Path]:
     """Draws `forgetting.png` and `learn_forget.png`; none without measurements.
 
     Args:
         folder: The run folder.
         series: Values of each metric by optimizer step.
         limit: The change that is allowed, nats a token.
+        unit: What the target's loss is measured in.
     """
     domains = {name: f"{_PREFIX}{name}/change" for name in domains_of(series) if name != TARGET}
     if not any(len(series.get(key, ())) > 1 for key in domains.values()):
@@ -127,8 +131,9 @@ def draw(folder: Path, series: Series, limit: float | None = None) -> list[Path]
 
     matplotlib.use("Agg")
     drawn = [_draw_changes(folder, series, domains, limit)]
-    if f"{_PREFIX}{TARGET}/change" in series:
-        drawn.append(_draw_plane(folder, series, limit))
+    learnt = _learnt(series, unit)
+    if len(learnt) > 1:
+        drawn.append(_draw_plane(folder, series, learnt, limit, unit))
     return drawn
 
 
@@ -152,15 +157,23 @@ def _draw_changes(folder: Path, series: Series, domains: Mapping[str, str], limi
     return _saved(figure, folder / "forgetting.png")
 
 
-def _draw_plane(folder: Path, series: Series, limit: float | None) -> Path:
+def _learnt(series: Series, unit: str) -> dict[int, float]:
+    """By how much the target's loss had fallen, by optimizer step."""
+    if unit == NLL:
+        return {step: -change for step, change in series.get(f"{_PREFIX}{TARGET}/change", ())}
+    names = [key for key in series if key.startswith("val/") and key.endswith("/loss")]
+    points = dict(series[names[0]]) if names else {}
+    return {step: points[0] - value for step, value in points.items()} if 0 in points else {}
+
+
+def _draw_plane(folder: Path, series: Series, learnt: Mapping[int, float], limit: float | None, unit: str) -> Path:
     """What was learnt against what was lost, one mark a measurement."""
     from matplotlib import pyplot as plt
 
-    learnt = dict(series[f"{_PREFIX}{TARGET}/change"])
     worst = dict(series[f"{_PREFIX}worst/change"])
     band = {step: (low, high) for step, low, high in _band(series, f"{_PREFIX}worst/change")}
     steps = sorted(learnt.keys() & worst.keys())
-    x, y = [-learnt[step] for step in steps], [worst[step] for step in steps]
+    x, y = [learnt[step] for step in steps], [worst[step] for step in steps]
     below = [worst[step] - band.get(step, (worst[step],))[0] for step in steps]
     above = [band.get(step, (worst[step],))[-1] - worst[step] for step in steps]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
@@ -174,9 +187,9 @@ def _draw_plane(folder: Path, series: Series, limit: float | None) -> Path:
     if limit is not None:
         axes.legend(loc="best")
     axes.axvline(0, color="0.4", lw=0.8)
-    axes.margins(x=0.1)
+    axes.margins(x=0.14, y=0.08)
     axes.set_title(f"{folder.absolute().name}: learnt against forgotten (best: far right, not above 0)")
-    axes.set_xlabel("learnt: loss of the target's held-out rows fell by (nats a token)")
+    axes.set_xlabel(f"learnt: loss of the target's held-out rows fell by ({unit})")
     axes.set_ylabel("forgotten: loss of the worst\ndomain rose by (nats a token)")
     return _saved(figure, folder / "learn_forget.png")
 

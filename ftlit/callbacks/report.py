@@ -140,13 +140,14 @@ class Report(L.Callback):
             share = summary["generation_seconds"] / summary["seconds"]
             lines.append(f"generation {summary['generation_seconds']:.0f} s, {share:.0%} of the run")
         lines += before_and_after(summary["start"], summary["end"], pl_module.loss_unit)
-        lines += forgetting_report.learnt_and_lost(summary["start"], summary["end"])
+        lines += forgetting_report.learnt_and_lost(summary["start"], summary["end"], pl_module.loss_unit)
         probe = next(iter(_probes(trainer)), None)
         if probe is not None:
             lines += forgetting_report.notes(probe, summary["seconds"])
         curve = draw(folder, pl_module.loss_unit)
         pictures = [curve] if curve else []
-        pictures += forgetting_report.draw(folder, curves(folder / "metrics.csv"), getattr(probe, "limit", None))
+        series, limit = curves(folder / "metrics.csv"), getattr(probe, "limit", None)
+        pictures += forgetting_report.draw(folder, series, limit, pl_module.loss_unit)
         lines.append(f"kept in    {folder}: {', '.join(_left_in(folder, pictures))}")
         print("\n".join(lines), flush=True)
 
@@ -239,7 +240,8 @@ def before_and_after(
         unit: What the losses are measured in.
     """
     every = dict.fromkeys([*start, *end])
-    keys = [key for key in every if key.rsplit("/", 1)[-1] in _SHOWN or f"{key}_low" in every]
+    own = [key for key in every if not key.startswith("forgetting/")]  # those have a table of their own
+    keys = [key for key in own if key.rsplit("/", 1)[-1] in _SHOWN or f"{key}_low" in every]
     rows = [("", "before", "after", "")]
     for key in sorted(keys, key=lambda key: key.startswith("gen/")):
         name = key.rsplit("/", 1)[-1]

@@ -260,6 +260,21 @@ class SFTData(L.LightningDataModule):
         if self.weights is not None:
             self._mix(joined)
 
+    def reweight(self, factors: np.ndarray) -> None:
+        """Multiplies the weights of the trained tokens of the training rows, before they are planned.
+
+        The fingerprint stays that of the rows: whoever reweights does it again when a run goes on.
+
+        Args:
+            factors: One for each trained token, example after example.
+        """
+        self.fingerprint()
+        joined = self.sets["train"]
+        assert isinstance(joined, Joined)
+        self.sets["train"] = joined = joined.reweighted(factors)
+        if self.weights is not None:
+            self._mix(joined)
+
     def load_validation(self) -> None:
         """Reads and tokenizes the validation files."""
         for name, file in self.validation.items():

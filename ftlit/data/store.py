@@ -54,6 +54,17 @@ class Stored(Sequence[Example], ABC):
     def hash_into(self, digest: Any) -> None:
         """Adds everything that training sees of the examples, in order, to a hash."""
 
+    def reweighted(self, factors: np.ndarray) -> Stored:
+        """The same examples with other weights.
+
+        Args:
+            factors: One for each trained token, example after example; 0: it is not trained any more.
+
+        Raises:
+            ConfigError: If the weights of single tokens mean nothing in these rows.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot be weighted token by token; leave that control out.")
+
 
 class Examples(Stored):
     """Examples as stretches of flat arrays; cutting and choosing make views, not copies.
@@ -166,6 +177,19 @@ class Examples(Stored):
         weights = self.weights[places]
         weights[begins[lengths > 0]] = 0
         return self.ids[places], weights
+
+    def reweighted(self, factors: np.ndarray) -> Examples:
+        """The same examples with other weights.
+
+        Args:
+            factors: One for each trained token, example after example; 0: it is not trained any more.
+        """
+        ids, weights = self.flat(0, len(self))
+        (places,) = np.nonzero(weights)
+        weights[places] = weights[places] * factors
+        lengths = self.stops - self.starts
+        stops = np.cumsum(lengths)
+        return Examples(ids, weights, stops - lengths, stops, self.rows, self.windowed, self.values)
 
     def cut(self, length: int, truncate: Truncate = "end") -> tuple[Examples, np.ndarray]:
         """Fits every example into `length` tokens.
@@ -291,6 +315,20 @@ class Joined(Sequence[Example]):
         """Lengths, trained tokens and weights of all."""
         measured = [part.measures() for part in self.parts] or [Examples.of([], [], []).measures()]
         return Measures(*(np.concatenate(arrays) for arrays in zip(*measured, strict=True)))
+
+    def reweighted(self, factors: np.ndarray) -> Joined:
+        """The same examples with other weights; see `Examples.reweighted`.
+
+        Raises:
+            TypeError: If a part holds anything but examples of single texts.
+        """
+        stops = np.cumsum([int(part.measures().targets.sum()) for part in self.parts])
+        made = []
+        for part, some in zip(self.parts, np.split(factors, stops[:-1]), strict=True):
+            if not isinstance(part, Examples):
+                raise TypeError(f"{type(part).__name__} cannot be weighted token by token")
+            made.append(part.reweighted(some))
+        return Joined(made)
 
     def fingerprint(self) -> str:
         """A hash of every token and weight, in order."""

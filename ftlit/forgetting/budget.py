@@ -21,6 +21,7 @@ from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
+from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -140,6 +141,8 @@ class ForgettingBudget(ForgettingControl):
     def refuse(self, stage: Stage) -> str | None:
         if sum(isinstance(control, ForgettingBudget) for control in stage.controls) > 1:
             return "a run has one budget; give its domains to one."
+        if not isinstance(stage.policy, Policy):
+            return f"{type(stage).__name__} trains a model without next tokens, which is what is measured."
         known = [control.name for control in stage.controls if control is not self]
         unknown = [name for name in self.names or [] if name not in known]
         if unknown:
@@ -158,8 +161,10 @@ class ForgettingBudget(ForgettingControl):
             first[name], second[name] = self._documents(stage, rows)
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
-        target = self._target_documents(stage.trainer.datamodule)
-        sets = {"steering": steering, "first": first, "second": second, _TARGET: {_TARGET: target}}
+        target = self._target_documents(stage)
+        sets = {"steering": steering, "first": first, "second": second}
+        if target is not None:
+            sets[_TARGET] = {_TARGET: target}
         for key, documents in sets.items():
             self._meters[key] = Meter(documents, room, seed=self.seed)
             self._meters[key].prepare(stage.trainer, stage)
@@ -190,8 +195,11 @@ class ForgettingBudget(ForgettingControl):
         )
         return _halves(both)
 
-    def _target_documents(self, data: Any) -> Documents:
-        """Some of the run's own validation rows, or without any, of its training rows."""
+    def _target_documents(self, stage: Stage) -> Documents | None:
+        """Some of the run's own validation rows, or without any, of its training rows; None where none has targets."""
+        if not stage.predicts_tokens:
+            return None
+        data: Any = stage.trainer.datamodule
         names = getattr(data, "validation_names", [])
         name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
         examples: Sequence[Example] = data.sets[name]
@@ -264,27 +272,32 @@ class ForgettingBudget(ForgettingControl):
 
     def _finish(self, trainer: L.Trainer, stage: Stage) -> None:
         """Takes the weights back as far as it takes, reads the second probe, and says how it ended."""
-        gain = -self._measured(_TARGET, trainer, stage)[_TARGET].change
-        alpha, kept = 1.0, gain
+        gain = kept = self._gain(trainer, stage)
+        alpha = 1.0
         assert stage.policy is not None
         if self.project and stage.strategy.not_between(stage.policy.lm) is None:
             alpha = self._alpha(trainer, stage)
             if alpha < 1:
                 stage.strategy.interpolate(stage.policy.lm, alpha)
-                kept = -self._measured(_TARGET, trainer, stage)[_TARGET].change
+                kept = self._gain(trainer, stage)
         verdict = self._worst(self._measured("second", trainer, stage))
-        share = kept / gain if gain > 0 else 1.0
         self.outcome = {
             "alpha": alpha,
             "verdict": verdict.change,
             "verdict_low": verdict.low,
             "verdict_high": verdict.high,
-            "gain": gain,
-            "kept": share,
             "met": float(verdict.change <= self.limit),
         }
+        if gain is not None and kept is not None:
+            self.outcome |= {"gain": gain, "kept": kept / gain if gain > 0 else 1.0}
         self._log(trainer, self.outcome)
         self._say(trainer, f"budget     {self.line(trainer)}")
+
+    def _gain(self, trainer: L.Trainer, stage: Stage) -> float | None:
+        """How far the loss on the target rows has fallen, nats a token; None where there are none."""
+        if _TARGET not in self._meters:
+            return None
+        return -self._measured(_TARGET, trainer, stage)[_TARGET].change
 
     def _alpha(self, trainer: L.Trainer, stage: Stage) -> float:
         """The largest share of the way from the start whose upper bound on the first probe meets the budget."""
@@ -309,11 +322,14 @@ class ForgettingBudget(ForgettingControl):
         got = self.outcome
         percent = [f"{math.expm1(got[key]):+.1%}" for key in ("verdict", "verdict_low", "verdict_high")]
         texts = len(next(iter(self._meters["second"].sets.values())).examples)
+        way = f"the weights went {got['alpha']:.0%} of the way from the start"
+        if "gain" in got:
+            way += f" and kept {got['kept']:.0%} of what was learnt ({got['gain'] * got['kept']:.3f} of "
+            way += f"{got['gain']:.3f} nats a token)"
         words = [
             f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
             f"[{percent[1]}, {percent[2]}] on {texts:,} texts not used before",
-            f"the weights went {got['alpha']:.0%} of the way from the start and kept {got['kept']:.0%} of what was "
-            f"learnt ({got['gain'] * got['kept']:.3f} of {got['gain']:.3f} nats a token)",
+            way,
         ]
         if self._given:
             words.append(f"weight of {', '.join(self._given)} {self.lowest:.2g} to {self.highest:.2g}")

@@ -17,7 +17,7 @@ from ftlit.forgetting.kept import kept
 from ftlit.forgetting.pull import ChangePenalty
 from ftlit.forgetting.replay import OWN
 from ftlit.models.divergence import logits_of
-from ftlit.models.policy import head_of
+from ftlit.models.policy import Policy, head_of
 from ftlit.models.score import token_scores
 from ftlit.peft.base import Change
 
@@ -66,6 +66,8 @@ class EWC(ChangePenalty):
     @override
     def refuse(self, stage: Stage) -> str | None:
         reason = super().refuse(stage)
+        if not isinstance(stage.policy, Policy):
+            return f"its labels are drawn from a language model, and {type(stage).__name__} trains none; use L2ToInit."
         if reason is None and getattr(stage.strategy, "from_adapter", None) is not None:
             return "the Fisher matrix of a model with another adapter is not computed; merge that first (ftlit export)."
         return reason

@@ -9,8 +9,9 @@ import lightning as L
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
+from ftlit.forgetting.again import measure_again
 from ftlit.forgetting.base import ForgettingControl
-from ftlit.forgetting.probe import ForgettingProbe
+from ftlit.forgetting.pull import outside_head
 from ftlit.peft.base import Alpha
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Interpolate(ForgettingControl):
     What is forgotten falls with about `alpha^2`, what was learnt at first only with `alpha`. With `last_alpha` the
     share grows linearly with depth, from `alpha` in the first layer to `last_alpha` in the last, so that the general
     features of the shallow layers are kept: LiNeS (Wang et al. 2025, arXiv:2410.17146, eq. 3). Embeddings move with
-    the first layer, the final norm and the output layer with the last.
+    the first layer, the final norm and the output layer with the last; the head of a classifier is left as it is.
 
     It happens right after the last optimizer step: the last validation, every measurement, `last.ckpt` and
     `adapter/last` are of the model that was moved. (A run that is stopped early is moved when it has ended; validation
@@ -85,13 +86,7 @@ class Interpolate(ForgettingControl):
         if not self.weight or not step or self.every_n_steps is not None or self._moved_at == step:
             return
         self._move(pl_module, step)
-        if trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
-        for control in pl_module.controls:
-            if isinstance(control, ForgettingProbe) and control.rounds:
-                control.observe(trainer, pl_module)
+        measure_again(trainer, pl_module)
 
     def share(self, num_layers: int) -> Alpha:
         """What is kept, for every parameter of a model.
@@ -112,7 +107,8 @@ class Interpolate(ForgettingControl):
             return
         assert stage.policy is not None
         lm = stage.policy.lm
-        stage.strategy.interpolate(lm, self.share(int(lm.config.num_hidden_layers)))
+        share = self.share(int(lm.config.get_text_config().num_hidden_layers))
+        stage.strategy.interpolate(lm, outside_head(stage, share))
         self._moved_at = step
         if stage.trainer.is_global_zero and self.every_n_steps is None:
             print(f"{self.name} after step {step}: kept {self._words()}", flush=True)

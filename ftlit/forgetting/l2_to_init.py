@@ -14,8 +14,8 @@ from ftlit.batch import pack
 from ftlit.errors import ConfigError
 from ftlit.forgetting.general import digest, general_rows
 from ftlit.forgetting.kept import kept
-from ftlit.forgetting.pull import ChangePenalty
-from ftlit.models.policy import target_states
+from ftlit.forgetting.pull import ChangePenalty, outside_head
+from ftlit.models.policy import Policy, target_states
 from ftlit.peft.base import Change
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class L2ToInit(ChangePenalty):
 
     With `rows` the coupled penalty of a layer is `tr(Delta C Delta^T)` with `C = E[x x^T]` of its inputs on general
     text at the start, divided by its mean diagonal entry: only what general text would notice is pulled back.
-    Embeddings, norms, biases and the output layer keep the plain penalty.
+    Embeddings, norms, biases and the output layer keep the plain penalty. The head of a classifier is left alone.
 
     AdamW's `weight_decay` pulls toward zero, away from the start; leave it at 0 beside this.
 
@@ -100,6 +100,8 @@ class L2ToInit(ChangePenalty):
         if reason is not None:
             return reason
         assert stage.policy is not None
+        if self.rows is not None and not isinstance(stage.policy, Policy):
+            return f"rows are read by a language model, and {type(stage).__name__} trains none; leave rows out."
         if self.mode == "coupled":
             if self.total_pull is not None and (stage.make_optimizer or stage.make_scheduler):
                 return "total_pull needs the rates of the whole run, which model.optimizer and model.lr_scheduler hide."
@@ -152,7 +154,7 @@ class L2ToInit(ChangePenalty):
             self._saved_up += self.weight / self._half_life(stage)
             least = max(_LEAST[parameter.dtype] for parameter in stage.strategy.trained(lm).values())
             if -math.expm1(-self._saved_up * math.log(2)) >= least:
-                stage.strategy.interpolate(lm, 2.0**-self._saved_up)
+                stage.strategy.interpolate(lm, outside_head(stage, 2.0**-self._saved_up))
                 self._saved_up = 0.0
         with torch.no_grad():
             squares = [change.sq_norm().double() for change in stage.strategy.changes(lm)]

@@ -147,6 +147,10 @@ class Meter:
                 found = found or scored
             self._start[key] = found
 
+    def start_tokens(self, name: str) -> np.ndarray:
+        """NLL of the start model for each scored token of a set, nats, `[tokens]`."""
+        return self._start[name].nll
+
     def start_nll(self) -> dict[str, float]:
         """NLL of the start model on each set, nats a token."""
         return {name: float(scores.nll.mean()) for name, scores in self._start.items()}

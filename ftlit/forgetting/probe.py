@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from ftlit.batch import Example
 from ftlit.data.datamodules import MAIN
 from ftlit.data.store import measure
+from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.documents import Documents, read_documents
 from ftlit.forgetting.drift import OUTSIDE, Drift, drift, start_norms
 from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
+from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -106,6 +109,8 @@ class ForgettingProbe(ForgettingControl):
         self.seed = seed
         self.limit: float | None = None
         """The change that is allowed, nats a token, where there is a budget: the pictures show it."""
+        self.listeners: list[Callable[[L.Trainer, Stage], None]] = []
+        """Called after each round, while the model is still the one that was measured."""
         self.measured: dict[str, Measured] = {}
         self.drift: Drift | None = None
         self.start_values: dict[str, float] = {}
@@ -123,6 +128,16 @@ class ForgettingProbe(ForgettingControl):
         return {"outside" if layer == OUTSIDE else str(layer): size for layer, size in found.items()}
 
     # ---- the start ------------------------------------------------------------------------------------------------
+
+    @override
+    def refuse(self, stage: Stage) -> str | None:
+        if not isinstance(stage.policy, Policy):
+            return f"{type(stage).__name__} trains a model without next tokens, which is what is measured."
+        if not isinstance(getattr(getattr(stage.trainer, "datamodule", None), "template", None), ChatTemplate):
+            return "its data module has no chat template to read the documents with."
+        if stage.strategy.trains_base and isinstance(stage.trainer.strategy, ModelParallelStrategy):
+            return "the start of a model that is trained whole cannot be had while its weights are sharded; use ddp."
+        return None
 
     @override
     def prepare(self, stage: Stage) -> None:
@@ -162,12 +177,15 @@ class ForgettingProbe(ForgettingControl):
 
     def _target(self, data: Any) -> Documents | None:
         """A few of the run's own validation rows; None without any."""
-        names = getattr(data, "validation_names", [])
-        if not names:
-            return None
-        name = MAIN if MAIN in names else names[0]
+        name = self._validation(data)
         examples = data.sets.get(f"validation:{name}")  # prompts without answers have none
         return None if examples is None else _first(examples, self.max_tokens // 4)
+
+    @staticmethod
+    def _validation(data: Any) -> str | None:
+        """Name of the validation set that stands for the target; None where nothing is validated."""
+        names = getattr(data, "validation_names", [])
+        return MAIN if MAIN in names else next(iter(names), None)
 
     @override
     def describe(self) -> str:
@@ -189,23 +207,25 @@ class ForgettingProbe(ForgettingControl):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At chosen optimizer steps."""
-        step = trainer.global_step
-        if step in self.at_steps or (self.every_n_steps and step % self.every_n_steps == 0):
+        """At chosen optimizer steps; where a validation follows, it measures there."""
+        validates = self._validation(trainer.datamodule) is not None and pl_module.validates_here()
+        if self._asked(trainer.global_step) and not validates:
             self.observe(trainer, pl_module)
+
+    def _asked(self, step: int) -> bool:
+        return step in self.at_steps or bool(self.every_n_steps and step % self.every_n_steps == 0)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """At validations: logged like their losses, so that checkpoints and early stopping can watch it."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        known = self._last_step == trainer.global_step
-        last = self.at_end and trainer.global_step >= pl_module.planned_steps
-        if not (known or last or self.at_validations):
+        step = trainer.global_step
+        last = self.at_end and step >= pl_module.planned_steps
+        if self._last_step == step or not (self.at_validations or last or self._asked(step)):
             return
-        values = self.last_values if known else self._round(trainer, pl_module)
-        for key, value in values.items():
+        for key, value in self._round(trainer, pl_module).items():
             # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
-            pl_module.log(key, value, logger=not known, sync_dist=trainer.world_size > 1, batch_size=1)
+            pl_module.log(key, value, sync_dist=trainer.world_size > 1, batch_size=1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """At the end, where no validation was."""
@@ -254,6 +274,8 @@ class ForgettingProbe(ForgettingControl):
         self.rounds += 1
         if trainer.is_global_zero:
             print(self._line(trainer.global_step, time.perf_counter() - began), flush=True)
+        for listener in self.listeners:
+            listener(trainer, stage)
         return self.last_values
 
     def _start_values(self) -> dict[str, float]:

@@ -13,13 +13,32 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from ftlit.forgetting.base import ForgettingControl
-from ftlit.peft.base import Change
+from ftlit.peft.base import Alpha, Change
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
 
 SHARDED = "its weights are sharded, and it needs them whole; use --config trainer/ddp."
 NO_CHANGES = "changes no weight of the model: there is no change to penalise; use Replay."
+
+
+def outside_head(stage: Stage, alpha: Alpha) -> Alpha:
+    """An `alpha` that leaves a head of its own, such as a classifier's, alone: it has no start worth going back to.
+
+    Args:
+        stage: The stage.
+        alpha: What is kept of the other parameters.
+    """
+    head = head_of_its_own(stage)
+    if not head:
+        return alpha
+    share = alpha if callable(alpha) else lambda name: alpha
+    return lambda name: 1.0 if name.startswith(head) else share(name)
+
+
+def head_of_its_own(stage: Stage) -> tuple[str, ...]:
+    """Beginnings of the names of what the stage trains besides the strategy."""
+    return tuple(f"{name}." for name in getattr(stage.policy, "head", ()))
 
 
 def add_gradient(stage: Stage, term: Callable[[Change], Tensor | None], factor: float) -> float:
@@ -38,7 +57,10 @@ def add_gradient(stage: Stage, term: Callable[[Change], Tensor | None], factor: 
     """
     assert stage.policy is not None
     total = 0.0
+    head = head_of_its_own(stage)
     for change in stage.strategy.changes(stage.policy.lm):
+        if head and change.name.startswith(head):
+            continue
         with torch.enable_grad():
             value = term(change)
         if value is None:
@@ -106,4 +128,4 @@ class ChangePenalty(ForgettingControl):
             self.step_values = {"loss": factor * total}
 
 
-__all__ = ["NO_CHANGES", "SHARDED", "ChangePenalty", "add_gradient"]
+__all__ = ["NO_CHANGES", "SHARDED", "ChangePenalty", "add_gradient", "head_of_its_own", "outside_head"]

@@ -61,6 +61,13 @@ class RolloutLoader:
                 self._next += 1
             yield self.step(present, self._place(present))
 
+    def state_dict(self) -> dict[str, int]:
+        """Which rollout the run is in; the rollout itself, which every rank has its own of, is kept by the stage."""
+        return {"rollout": self._next - 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing: the stage hands over the rollout to go on in."""
+
     def _place(self, present: Experience) -> int:
         return self.taken() - present.first_step
 

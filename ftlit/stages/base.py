@@ -150,6 +150,9 @@ class Stage(L.LightningModule):
         self._batch = StepBatch([], self.totals)
         self._validated_at = -1
 
+    predicts_tokens: ClassVar[bool] = False
+    """Whether its targets are tokens of given rows that the language model predicts."""
+
     # ---- what a stage says ----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -355,7 +358,7 @@ class Stage(L.LightningModule):
             self.trainer.train_dataloader.taken = self.trainer.global_step
         if self.trainer.ckpt_path:
             self._restore_settings()
-        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self._validates_here():
+        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self.validates_here():
             self.trainer.validating = True  # the run was stopped between this step and the end of its validation
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
@@ -371,7 +374,7 @@ class Stage(L.LightningModule):
         ):
             group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(scheduler.last_epoch))
 
-    def _validates_here(self) -> bool:
+    def validates_here(self) -> bool:
         """Whether Lightning validates after the optimizer step that was taken last."""
         trainer, step = self.trainer, self.trainer.global_step
         if not trainer.enable_validation or step == 0:

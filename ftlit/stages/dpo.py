@@ -35,10 +35,11 @@ class DPO(ValidatedStage):
     fine-tuning, which keeps a copy of the start weights in memory); so it costs a second forward pass and no second
     model. Dropout never touches it. With an adapter that starts at zero the first loss of DPO is `ln 2`.
 
-    Logged, in training and as `val/...`, as means over the pairs by weight: `loss`; `rewards/chosen`,
+    Logged as means over the pairs by weight, in validation with `val/` before it: `train/loss`; `rewards/chosen`,
     `rewards/rejected` (`beta` times the log-ratio; see the loss), `rewards/margins`, `rewards/accuracies` (share of
     pairs whose better answer has the strictly higher reward), `logps/chosen`, `logps/rejected` (nats an answer),
-    `lengths/chosen`, `lengths/rejected` (trained tokens an answer), and `kl` where the loss has a reference point.
+    `lengths/chosen`, `lengths/rejected` (trained tokens an answer); and `train/kl` where the loss has a reference
+    point.
 
     Args:
         args: Arguments of every stage.
@@ -53,6 +54,7 @@ class DPO(ValidatedStage):
     """
 
     loss_unit: ClassVar[str] = "nats a pair"
+    predicts_tokens: ClassVar[bool] = True
 
     def __init__(
         self,

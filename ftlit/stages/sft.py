@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class SFT(ValidatedStage):
     Raises:
         ConfigError: If an objective needs, or `extra_metrics` names, a score that does not exist.
     """
+
+    predicts_tokens: ClassVar[bool] = True
 
     def __init__(
         self,

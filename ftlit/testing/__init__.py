@@ -16,6 +16,7 @@ from ftlit.testing.tiny import (
 __all__ = [
     "ENCODERS",
     "FAMILIES",
+    "ForgettingControlSuite",
     "PEFTStrategySuite",
     "RowFormatSuite",
     "VerifierSuite",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _SUITES = {
+    "ForgettingControlSuite": "control_suite",
     "PEFTStrategySuite": "strategy_suite",
     "RowFormatSuite": "row_format_suite",
     "VerifierSuite": "verifier_suite",

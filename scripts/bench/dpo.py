@@ -150,7 +150,7 @@ def run_ftlit(
                 on_start()
 
         def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-            values = [pl_module.step_metrics[f"train/{name}"] for name in ("loss", "grad_norm", "rewards/margins")]
+            values = [pl_module.step_metrics[name] for name in ("train/loss", "train/grad_norm", "rewards/margins")]
             records.append(PairStep(*values, ended=time.perf_counter(), cpu=time.process_time()))
 
     lora = LoRA(rank=settings.rank, alpha=settings.alpha, dropout=0.0, target_modules="all-linear")

@@ -50,9 +50,10 @@ def test_the_table_says_what_was_learnt_and_what_was_lost():
 
 def test_a_loss_that_fell_is_not_called_good():
     end = {**END, **values("code", 0.7, -0.1, 0.02)}
-    lines = learnt_and_lost(START, end)
-    assert lines[4].endswith("loss fell")
-    assert lines[5].startswith("note       code: a lower loss does not mean that nothing was lost")
+    assert learnt_and_lost(START, end)[-1].endswith("loss fell"), "general says itself that something was lost"
+    lines = learnt_and_lost(START, {**end, **values("general", 1.5, 0.0, 0.02)})
+    assert lines[-2].endswith("loss fell")
+    assert lines[-1].startswith("note       code: a lower loss does not mean that nothing was lost")
 
 
 def test_nothing_measured_no_table():
@@ -127,6 +128,16 @@ def test_each_domain_has_its_line_and_its_band(tmp_path, monkeypatch):
     assert list(line.get_xdata()) == pytest.approx([-value for _, value in series()["forgetting/target/change"]])
     assert list(line.get_ydata()) == pytest.approx([value for _, value in series()["forgetting/worst/change"]])
     assert {"start", "step 80"} <= {text.get_text() for text in plane.axes[0].texts}
+
+
+def test_where_likelihood_is_not_what_is_taught_the_validation_loss_is_drawn(tmp_path, monkeypatch):
+    found = {**series(), "val/loss": [(0, 0.69), (40, 0.5), (80, 0.4)]}
+    _, (_, plane) = drawn(tmp_path, monkeypatch, found, None, "nats a pair")
+    line = plane.axes[0].get_lines()[0]
+    assert list(line.get_xdata()) == pytest.approx([0, 0.19, 0.29])
+    worst = dict(found["forgetting/worst/change"])
+    assert list(line.get_ydata()) == pytest.approx([worst[0], worst[40], worst[80]])
+    assert not learnt_and_lost(START, END, "nats a pair")[2].endswith("learnt")
 
 
 def test_without_target_rows_there_is_no_plane(tmp_path, monkeypatch):

@@ -78,9 +78,10 @@ def test_what_is_measured_when_and_what_is_left(ftlit, fit_args, tmp_path):
     assert lines[place + 2].startswith("the target ")
     assert lines[place + 2].endswith("learnt")
     assert [line.split()[0] for line in lines[place + 3 : place + 6]] == ["general", "text", "own"]
-    assert lines[place + 6].startswith("weights    moved by ")
-    assert lines[place + 7].startswith("probe      measured 7 times in ")
-    assert lines[place + 7].endswith("% of the run")
+    rest = [line for line in lines[place + 6 :] if not line.startswith("note ")]
+    assert rest[0].startswith("weights    moved by ")
+    assert rest[1].startswith("probe      measured 7 times in ")
+    assert rest[1].endswith("% of the run")
     assert "forgetting.png, learn_forget.png" in lines[-1]
     for name in ("forgetting", "learn_forget"):
         assert Path(f"r/{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -140,35 +141,56 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(ftlit, rows, tiny
     assert "probe      measured 7 times" in ftlit.out
 
 
+def alone(args, folder, run):
+    """A run as a process of its own, with a cache of its own; returns what it printed."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FTLIT_CACHE": str(folder / f"cache-{run}")}
+    command = [sys.executable, "-m", "ftlit", *args, "--run", run]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def assert_alike(one, other, tolerance):
+    assert list(one) == list(other)
+    for step, row in one.items():
+        assert row.keys() == other[step].keys()
+        for key, value in row.items():
+            assert other[step][key] == pytest.approx(value, abs=tolerance), key
+
+
 def test_two_ranks_measure_what_one_measures(fit_args, tmp_path):
     common = [*fit_args, *PROBE, "--trainer.precision", "64-true", "--data.validation", "0.42", "--model.lr", "0.01"]
     common += option(domains="{a: sample:general, own: self}", own_new_tokens=4, own_rows=40)
-    for run, more in (("one", ["--data.batch_size", "4"]), ("two", ["--data.batch_size", "2"])):
-        if run == "two":
-            more += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        env = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "FTLIT_CACHE": str(tmp_path / f"cache-{run}"),
-        }
-        command = [sys.executable, "-m", "ftlit", *common, *more, "--run", run]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("step 2: forgotten") == 1
-        assert done.stdout.count("own text   64 texts are written") == 1
-    one, two = probed(tmp_path / "one"), probed(tmp_path / "two")
-    assert list(one) == list(two) == [0, 2]
-    for step, row in one.items():
-        for key, value in row.items():
-            assert two[step][key] == pytest.approx(value, abs=1e-5), key
+    for run, size, more in (("one", "4", []), ("two", "2", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+        out = alone([*common, "--data.batch_size", size, *more], tmp_path, run)
+        assert out.count("step 2: forgotten") == 1
+        assert out.count("own text   64 texts are written") == 1
+    assert list(probed(tmp_path / "one")) == [0, 2]
+    assert_alike(probed(tmp_path / "one"), probed(tmp_path / "two"), 1e-5)
+
+
+def test_sharded_ranks_measure_what_one_measures(fit_args, tmp_path):
+    common = [*fit_args, *PROBE, *option(domains="{a: sample:general}"), "--trainer.max_steps", "3"]
+    common += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01"]
+    fsdp = ["--config", "trainer/fsdp", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    alone([*common, "--data.batch_size", "4"], tmp_path, "one")
+    alone([*common, "--data.batch_size", "2", *fsdp], tmp_path, "two")
+    assert list(probed(tmp_path / "one")) == [0, 2, 3]
+    assert_alike(probed(tmp_path / "one"), probed(tmp_path / "two"), 1e-3)
 
 
 def test_early_stopping_can_watch_it_also_where_a_step_was_measured_already(ftlit, fit_args):
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=forgetting/worst/change"]
     args = [*fit_args, *PROBE, *option(every_n_steps=3), *stop, "--trainer.max_epochs", "2", "--run", "r"]
     assert ftlit(*args) == 0, ftlit.err
-    assert sum("forgetting/worst/change" in row for row in metrics("r")) == len(probed("r"))
+    assert list(probed("r")) == [0, 2, 3, 5, 6]  # 3 is asked for twice
+    assert sum("forgetting/worst/change" in row for row in metrics("r")) == 5
+
+
+def test_an_asked_step_where_validation_does_not_measure(ftlit, fit_args):
+    args = [*fit_args, *PROBE, *option(at_steps="[2,3]", at_validations="false"), "--trainer.max_epochs", "3"]
+    assert ftlit(*args, "--trainer.val_check_interval", "1", "--run", "r") == 0, ftlit.err
+    assert list(probed("r")) == [0, 2, 3, 9]
 
 
 def test_without_validation_rows_it_measures_at_the_end(ftlit, rows, tiny_model_folder):

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ftlit.export.scorer import RewardScorer
+from ftlit.testing import tiny_tokenizer
+from ftlit.testing.tiny import CHAT_TEMPLATE, tiny_classifier
+
 STOP = """
 import lightning as L
 
@@ -122,6 +126,22 @@ def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, t
         assert saved(run)["global_step"] == step
         assert ftlit("fit", "--config", "whole/config.yaml", "--run", run, "--ckpt_path", "last") == 0, ftlit.err
         same(run, "whole")
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own(ftlit, arguments, tmp_path):
+    """Beside a function, by its class; what it says of the kept answers is what it says alone."""
+    tiny_classifier("llama", labels=1).save_pretrained(tmp_path / "rm")
+    tiny_tokenizer(CHAT_TEMPLATE.replace("assistant", "bot")).save_pretrained(tmp_path / "rm")
+    both = "[{class_path: RewardScorer, init_args: {model: rm}}, rewards.short]"
+    options = ["--model.reward", both, "--model.reward_weights", "[2, 0.5]", "--trainer.max_steps", "2"]
+    assert ftlit(*arguments("ppo", *options), "--run", "r") == 0, ftlit.err
+    kept = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
+    scorer = RewardScorer(str(tmp_path / "rm"))
+    expected = scorer([one["prompt"] for one in kept], [one["answer"] for one in kept])
+    assert len(set(expected)) > 3
+    for one, score in zip(kept, expected, strict=True):
+        assert one["reward/RewardScorer"] == pytest.approx(score, abs=1e-4)
+        assert one["reward"] == pytest.approx(2 * score - 0.5 * len(one["answer"]) / 8, abs=1e-3)
 
 
 def start(args, folder, **env):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ftlit.batch import Example, pack
 from ftlit.models.policy import Policy, score_packed, use_segment_attention
 from ftlit.models.prefixes import SHORTEST, shared
-from ftlit.peft import LoRA, PromptTuning
+from ftlit.peft import LoRA, PrefixTuning, PromptTuning
 from ftlit.testing import tiny_lm
 
 SYSTEM = list(range(30, 30 + SHORTEST + 2))
@@ -110,3 +110,40 @@ def test_only_where_equal_tokens_have_equal_states(strategy, fewer, monkeypatch)
     assert bool(rows) == fewer
     policy.eval()(pack([example([*SYSTEM, 100, 101])]))
     assert bool(rows) == (not isinstance(strategy, PromptTuning))
+
+
+STRATEGIES = {
+    "lora on the embedding": lambda: LoRA(rank=2, target_modules=["q_proj", "embed_tokens"]),
+    "whole modules": lambda: LoRA(rank=2, modules_to_save=["embed_tokens", "norm"]),
+    "the output layer": lambda: LoRA(rank=2, target_modules=["v_proj", "lm_head"]),
+    "prefix": lambda: PrefixTuning(3),
+    "dropout, but not now": lambda: LoRA(rank=2, dropout=0.5),
+}
+MIXED = [
+    Example([*SYSTEM, 100, 101], [0.0] * 4 + [0.5] * 8),  # trained on the shared part, with a weight
+    example([*SYSTEM, 100, 101, 102, 103], 11),  # goes on from the first
+    Example([*SYSTEM, 100, 101], [0.0] * 4 + [2.0] * 8),  # the first again, with another weight
+    example([*SYSTEM, *range(60, 75)], 12),
+    example([*SYSTEM, *range(60, 75), 4, 5], 20),
+    example(SYSTEM, 5),  # all of it shared
+    example([7, 8, 9], 1),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_policy_scores_as_one_example_at_a_time(name, family):
+    torch.manual_seed(0)
+    policy = Policy(tiny_lm(family, torch.float64), STRATEGIES[name]()).train(name != "dropout, but not now")
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:  # a product that is zero would show nothing
+            parameter += 0.1 * torch.randn_like(parameter)
+    whole = pack(MIXED)
+    assert shared(whole).num_tokens < whole.num_tokens
+    ours = policy(whole).logps
+    alone = torch.cat([policy(pack([one])).logps for one in MIXED])
+    torch.testing.assert_close(ours, alone, rtol=0, atol=1e-6)  # norms round to float32
+    gradients = [torch.autograd.grad((logps * whole.target_weights).sum(), trained) for logps in (ours, alone)]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9

@@ -84,9 +84,9 @@ def test_the_first_margin_is_zero_also_for_a_model_changed_in_memory(make):
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
     _, record, _ = fit(make(), lm=lm)
     assert record.steps[0]["train/loss"] == math.log(2)
-    assert record.steps[0]["train/rewards/margins"] == 0
-    assert record.steps[0]["train/rewards/chosen"] == 0
-    assert record.steps[1]["train/rewards/margins"] != 0
+    assert record.steps[0]["rewards/margins"] == 0
+    assert record.steps[0]["rewards/chosen"] == 0
+    assert record.steps[1]["rewards/margins"] != 0
     assert record.steps[-1]["train/loss"] < math.log(2)
 
 
@@ -209,8 +209,8 @@ def test_every_loss_goes_down(name):
     _, record, _ = fit(loss=loss, trainer={"max_steps": 10, "max_epochs": -1}, plan={"batch_size": 7}, lr=5e-2)
     assert record.steps[-1]["train/loss"] < record.steps[0]["train/loss"]
     if name not in ("sft", "discopop"):
-        assert record.steps[-1]["train/rewards/accuracies"] > 0.7
-        assert record.steps[-1]["train/rewards/margins"] > record.steps[0]["train/rewards/margins"]
+        assert record.steps[-1]["rewards/accuracies"] > 0.7
+        assert record.steps[-1]["rewards/margins"] > record.steps[0]["rewards/margins"]
     assert ("train/kl" in record.steps[-1]) == (name == "kto")
 
 
@@ -220,8 +220,8 @@ def test_single_answers_with_labels():
     assert record.steps[0]["train/loss"] == pytest.approx(0.5)
     assert record.steps[-1]["train/loss"] < 0.5
     last = record.steps[-1]
-    assert last["train/rewards/margins"] == last["train/rewards/chosen"] - last["train/rewards/rejected"] > 0
-    assert "train/rewards/accuracies" not in last
+    assert last["rewards/margins"] == last["rewards/chosen"] - last["rewards/rejected"] > 0
+    assert "rewards/accuracies" not in last
 
 
 def test_neighbours_are_answers_of_other_prompts():
