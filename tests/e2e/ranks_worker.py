@@ -10,6 +10,7 @@ import torch
 
 from ftlit import peft
 from ftlit.data.packing import StepLoader, StepPlanner
+from ftlit.forgetting import Interpolate
 from ftlit.models.shard import gathered
 from ftlit.rollout.generate import generate
 from ftlit.stages import SFT
@@ -50,8 +51,9 @@ class Record(L.Callback):
 def train(
     strategy="auto", *, method="LoRA", family="llama", batch_size=8, accumulate=1, max_tokens=None, world=1,
     float64=False, sgd=True, precision=None, steps=10, plugins=None, gradient_checkpointing=False,
+    alpha=None,
 ):  # fmt: skip
-    """Ten steps; returns the trained weights (on the first rank), the metrics and the micro-batches of each step."""
+    """Ten steps, and back by `alpha`; returns the trained weights (on the first rank), metrics, micro-batches."""
     torch.manual_seed(0)
     dtype = torch.float64 if float64 else torch.float32
     lm = tiny_lm(family, dtype)
@@ -62,6 +64,7 @@ def train(
         lr_scheduler=schedule if sgd else None, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     record = Record()
+    callbacks = [record] if alpha is None else [record, Interpolate(alpha)]
     if strategy == "fsdp":
         from ftlit.stages.fsdp import FSDP2
 
@@ -70,7 +73,7 @@ def train(
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, max_steps=steps, max_epochs=-1, gradient_clip_val=0.5,
-        accumulate_grad_batches=accumulate, callbacks=[record], use_distributed_sampler=False, plugins=plugins,
+        accumulate_grad_batches=accumulate, callbacks=callbacks, use_distributed_sampler=False, plugins=plugins,
         **options,
     )  # fmt: skip
     trainer.fit(stage, Data(batch_size=batch_size, max_tokens=max_tokens, seed=3))

@@ -13,6 +13,8 @@ from ftlit.forgetting.interpolate import depth
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.peft.io import save_adapter
 from ftlit.testing import tiny_examples, tiny_lm
+from tests.e2e.ranks_worker import train
+from tests.e2e.test_ranks import on_two_ranks
 from tests.forgetting.runs import changes, held_out_loss, run
 from tests.forgetting.test_replay import losses
 from tests.stages.test_step import LENGTHS, assert_same
@@ -144,3 +146,11 @@ def test_what_cannot_stand_between_is_refused(tmp_path):
     for settings in ({"alpha": 1.5}, {"last_alpha": -0.1}, {"every_n_steps": 0}, {"weight": -1.0}):
         with pytest.raises(ConfigError, match="Interpolate"):
             Interpolate(**settings)
+
+
+def test_sharded_weights_are_moved_too(tmp_path):
+    jobs = [{"method": method, "alpha": 0.3} for method in ("Full", "LoRA")]
+    results = on_two_ranks([{**job, "strategy": "fsdp", "batch_size": 4} for job in jobs], tmp_path)
+    for result, job in zip(results, jobs, strict=True):
+        for name, tensor in train(**job)["weights"].items():
+            torch.testing.assert_close(result["weights"][name], tensor, rtol=0, atol=2e-6)

@@ -2,16 +2,18 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ftlit.errors import ConfigError
-from ftlit.forgetting import L2ToInit
+from ftlit.forgetting import EWC, EarlyStopOnForgetting, L2ToInit
 from ftlit.forgetting.l2_to_init import second_moments
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.peft.io import save_adapter
 from ftlit.stages import SFT
+from ftlit.stages.fsdp import FSDP2
 from ftlit.testing import tiny_examples, tiny_lm
 from tests.forgetting.runs import changes, run
 from tests.forgetting.test_replay import GENERAL, losses
@@ -216,6 +218,33 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             L2ToInit(**settings)
+
+
+def test_sharded_weights_are_refused():
+    stage = SFT(policy=tiny_lm("llama"), peft=Full())
+    stage.configure_model()
+    stage._trainer = SimpleNamespace(strategy=FSDP2(), callbacks=[])
+    for control in (L2ToInit(), L2ToInit("coupled"), EWC(), EarlyStopOnForgetting()):
+        assert control.refuse(stage).startswith("its weights are sharded")
+
+
+def test_what_is_saved_up_is_in_the_state():
+    """Stopped between two pulls: the next one comes when it would have come."""
+    torch.manual_seed(0)
+    stage = SFT(policy=tiny_lm("llama"), peft=Full())
+    stage.configure_model()
+    stage.strategy.remember_start(stage.policy.lm)
+    control = L2ToInit(half_life=3000)
+    left = []
+    for step in range(12):
+        control.after_step(stage)
+        left.append(control._saved_up)
+        if step == 6:
+            assert control._saved_up > 0
+            again = L2ToInit(half_life=3000)
+            again.load_state_dict(control.state_dict())
+            control = again
+    assert left == pytest.approx([(step % 5 + 1) % 5 / 3000 for step in range(12)], abs=1e-12)
 
 
 def test_weight_decay_beside_it_is_said(capsys):
