@@ -90,9 +90,9 @@ def _table(name: str, hits: list[int], asked: int, summaries: list[dict[str, Any
     start, ends = summaries[0]["start"], [summary["end"] for summary in summaries]
     rows = [(f"answers with the name {name}", *(f"{hit} of {asked}" for hit in hits))]
     rows.append(("loss of held-out identity rows, nats a token", *(f"{v['val/loss']:.3f}" for v in (start, *ends))))
-    changes = [end["forgetting/general/change"] for end in ends]
-    ranges = [(end["forgetting/general/change_low"], end["forgetting/general/change_high"]) for end in ends]
-    rows.append(("perplexity of general questions", "", *(f"{math.expm1(change):+.1%}" for change in changes)))
+    changes = [end["forgetting/own/change"] for end in ends]
+    ranges = [(end["forgetting/own/change_low"], end["forgetting/own/change_high"]) for end in ends]
+    rows.append(("perplexity of its own text from before", "", *(f"{math.expm1(change):+.1%}" for change in changes)))
     bounds = (f"{math.expm1(low):+.1%} to {math.expm1(high):+.1%}" for low, high in ranges)
     rows.append(("  95 % interval", "", *bounds))
     print(f"\n{'':<46}{'before':>10}{LABELS[0]:>18}{LABELS[1]:>18}")
@@ -109,17 +109,17 @@ def _draw(path: Path, runs: tuple[Path, Path]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.axhline(1, color="tab:red", linestyle="--", linewidth=1, label="budget: +1 %")
+    axes.axhline(2, color="tab:red", linestyle="--", linewidth=1, label="budget: +2 %")
     axes.plot(0, 0, "o", color="black", label="before training")
     for folder, label, colour in zip(runs, LABELS, ("tab:orange", "tab:blue"), strict=True):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         learnt = summary["start"]["val/loss"] - summary["end"]["val/loss"]
         keys = ("change", "change_low", "change_high")
-        lost, low, high = (100 * math.expm1(summary["end"][f"forgetting/general/{key}"]) for key in keys)
+        lost, low, high = (100 * math.expm1(summary["end"][f"forgetting/own/{key}"]) for key in keys)
         axes.errorbar(learnt, lost, yerr=[[lost - low], [high - lost]], fmt="o", capsize=4, color=colour, label=label)
         axes.annotate("", (learnt, lost), (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
     axes.set_xlabel("learnt: fall of the loss on held-out identity rows, nats a token")
-    axes.set_ylabel("lost: rise of the perplexity on\ngeneral questions, % (95 % interval)")
+    axes.set_ylabel("lost: rise of the perplexity on\nthe model's own text from before, % (95 % interval)")
     axes.set_title("The same rows learnt, with and without a budget of forgetting")
     axes.legend()
     figure.savefig(path, dpi=150)

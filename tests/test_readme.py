@@ -13,7 +13,7 @@ from ftlit.data.datamodules import SFTData
 from ftlit.data.formats import BUILT_IN, detect
 from ftlit.data.reading import SUFFIXES
 from ftlit.shipped import names
-from ftlit.stages import SFT, Stage
+from ftlit.stages import DPO, PPO, SFT, Stage
 from ftlit.testing import PEFTStrategySuite, RowFormatSuite, VerifierSuite
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +64,9 @@ def test_the_table_of_row_formats():
 def test_suffixes_and_settings_exist():
     for suffix in SUFFIXES:
         assert suffix == ".ndjson" or f"`{suffix}`" in README
-    kinds = {"data": SFTData, "model": SFT, "trainer.callbacks": GenerationEval}
-    for place, kind in kinds.items():
-        known = set(inspect.signature(kind).parameters) | set(inspect.signature(Stage).parameters)
+    kinds = {"data": [SFTData], "model": [SFT, DPO, PPO], "trainer.callbacks": [GenerationEval]}
+    for place, some in kinds.items():
+        known = {name for kind in [*some, Stage] for name in inspect.signature(kind).parameters}
         for name in re.findall(rf"--{place}\.(\w+)", README):
             assert name in known, f"{place}.{name}"
 

@@ -21,6 +21,7 @@ from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
+from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
@@ -140,6 +141,8 @@ class ForgettingBudget(ForgettingControl):
     def refuse(self, stage: Stage) -> str | None:
         if sum(isinstance(control, ForgettingBudget) for control in stage.controls) > 1:
             return "a run has one budget; give its domains to one."
+        if not isinstance(stage.policy, Policy):
+            return f"{type(stage).__name__} trains a model without next tokens, which is what is measured."
         known = [control.name for control in stage.controls if control is not self]
         unknown = [name for name in self.names or [] if name not in known]
         if unknown:
@@ -158,7 +161,7 @@ class ForgettingBudget(ForgettingControl):
             first[name], second[name] = self._documents(stage, rows)
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
-        target = self._target_documents(stage.trainer.datamodule)
+        target = self._target_documents(stage)
         sets = {"steering": steering, "first": first, "second": second}
         if target is not None:
             sets[_TARGET] = {_TARGET: target}
@@ -192,13 +195,14 @@ class ForgettingBudget(ForgettingControl):
         )
         return _halves(both)
 
-    def _target_documents(self, data: Any) -> Documents | None:
-        """Some of the run's own validation rows, or without any, of its training rows; None of prompts alone."""
+    def _target_documents(self, stage: Stage) -> Documents | None:
+        """Some of the run's own validation rows, or without any, of its training rows; None where none has targets."""
+        if not stage.predicts_tokens:
+            return None
+        data: Any = stage.trainer.datamodule
         names = getattr(data, "validation_names", [])
         name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
-        examples: Sequence[Example] | None = data.sets.get(name)
-        if examples is None:
-            return None
+        examples: Sequence[Example] = data.sets[name]
         most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
         return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
 

@@ -9,6 +9,8 @@ import torch
 
 from ftlit.peft.io import read_config
 
+from .test_dpo import write_pairs
+
 BUDGET = [
     "--config", "forgetting/budget", "--trainer.callbacks.max_increase=0.001", "--trainer.callbacks.documents=12",
     "--trainer.callbacks.new_tokens=6", "--trainer.callbacks.steering_documents=6", "--trainer.callbacks.probes=6",
@@ -80,3 +82,19 @@ def test_the_saved_adapter_is_the_one_that_was_judged(ftlit, fit_args):
     assert ftlit("validate", "--config", "r/config.yaml", "--ckpt_path", "last") == 0
     measured = json.loads(Path("r/validate.json").read_text())["metrics"]["val/loss"]
     assert measured == pytest.approx(shown, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stage):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    args = ["fit", "--config", stage, "--config", "trainer/cpu", "--model.policy", tiny_model_folder]
+    args += ["--data.train", pairs, "--data.batch_size", "3", *BUDGET[:-4], "--trainer.max_steps", "4"]
+    if stage == "ppo":
+        Path("mine.py").write_text(
+            "def short(prompts, completions, **columns): return [-len(c) for c in completions]\n"
+        )
+        Path("prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi there"}]}\n' * 6)
+        args += ["--model.reward", "mine.short", "--model.max_new_tokens", "5", "--data.train", "prompts.jsonl"]
+    assert ftlit(*args, "--run", "r", "--model.lr", "0.01") == 0, ftlit.err
+    assert "texts not used before" in ftlit.out
+    assert ("of what was learnt" in ftlit.out) == (stage == "dpo")

@@ -54,7 +54,7 @@ class Budget(ForgettingBudget):
     def _documents(self, stage, rows):
         return Documents(tiny_examples(LENGTHS * 2, seed=11)), Documents(tiny_examples(LENGTHS * 2, seed=12))
 
-    def _target_documents(self, data):
+    def _target_documents(self, stage):
         return Documents(tiny_examples(LENGTHS, seed=0))
 
     def _turn(self, stage):
