@@ -31,6 +31,9 @@ class Given(Replay):
 class Blind(ForgettingProbe):
     """In the place of the probe that a run with a budget gets, which needs a tokenizer."""
 
+    def refuse(self, stage):
+        return None
+
     def prepare(self, stage):
         pass
 

@@ -43,6 +43,12 @@ class Probe(ForgettingProbe):
     def __init__(self, **arguments):
         super().__init__(**{"every_n_steps": 1, "kl": False, **arguments})
 
+    def refuse(self, stage):
+        return None  # needs no chat template
+
+    def _target(self, data):
+        return None
+
     def _documents(self, stage, data, rows, name):
         self._words[name] = "made in code"
         return Documents(GENERAL_ROWS)
