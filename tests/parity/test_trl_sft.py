@@ -111,8 +111,8 @@ def test_trl_trains_every_weight_the_same(bench, examples, settings, adapter):
 
 def test_examples_of_one_length(bench, examples):
     made = bench.of_length(examples, 40, 5)
-    assert [len(ids) for ids, _ in made] == [40] * 5
-    assert all(weights[0] == 0 and example.num_targets for example, (_, weights) in zip(made, made, strict=True))
+    assert [len(example.input_ids) for example in made] == [40] * 5
+    assert all(example.weights[0] == 0 and example.num_targets for example in made)
 
 
 @pytest.mark.parametrize(
