@@ -272,7 +272,7 @@ def _prepare_wandb(trainer: Namespace, folder: Path) -> None:
         if not kind.endswith((".WandB", "WandbLogger")):
             continue
         settings = logger.init_args
-        settings.save_dir = str(folder)
+        settings.save_dir = str(folder.resolve())  # the process that writes may have begun in another folder
         settings.name = settings.name or folder.name
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists() or "WANDB_MODE" in os.environ
         if not known and not settings.offline:

@@ -124,8 +124,10 @@ def test_the_quickstart_config(ftlit, tiny_model_folder):
     args = ["--config", "quickstart", "--model.policy", tiny_model_folder, "--trainer.max_epochs", "1"]
     assert ftlit("fit", *args, "--trainer.max_steps", "2", "--data.batch_size", "4", "--run", "r") == 0
     last = metrics("r")[-1]
-    assert {"val/loss", "val/general/loss"} <= set(last)
+    assert {"val/loss", "forgetting/own/change"} <= set(last)
     assert "You are a helpful assistant." in ftlit.out
+    assert ftlit("fit", *args, "--config", "quickstart_budget", "--trainer.max_steps", "2", "--run", "budget") == 0
+    assert "forgetting/budget/verdict" in metrics("budget")[-1]
     assert "{{" not in ftlit.out
 
 
