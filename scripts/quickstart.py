@@ -64,7 +64,7 @@ def main() -> None:
     for question, *answers in zip(asked, before, *after, strict=True):
         print(f"\n  {question}")
         for label, answer in zip(("before", *LABELS), answers, strict=True):
-            print(f"    {label:<12}{' '.join(answer.split())[:150]}")
+            print(f"    {label:<15}{' '.join(answer.split())[:150]}")
     summaries = [json.loads((one / "summary.json").read_text(encoding="utf-8")) for one in (run, budget)]
     hits = [sum(options.name.casefold() in answer.casefold() for answer in some) for some in (before, *after)]
     _table(options.name, hits, len(asked), summaries)
@@ -109,7 +109,7 @@ def _draw(path: Path, runs: tuple[Path, Path]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.axhline(2, color="tab:red", linestyle="--", linewidth=1, label="budget: +2 %")
+    axes.axhline(5, color="tab:red", linestyle="--", linewidth=1, label="budget: +5 %")
     axes.plot(0, 0, "o", color="black", label="before training")
     for folder, label, colour in zip(runs, LABELS, ("tab:orange", "tab:blue"), strict=True):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
