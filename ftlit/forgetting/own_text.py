@@ -29,7 +29,7 @@ from ftlit.rollout.generate import answer, seed_of
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
 
-VERSION = 1
+VERSION = 2
 BLOCK = 32
 """Texts that are made, shared between ranks and kept together."""
 

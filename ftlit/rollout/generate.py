@@ -205,6 +205,11 @@ def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | Non
     if temperature == 0 or uniform is None:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p == 1:  # in the order of the vocabulary: sorting it would take longer than the model
+        upto = probabilities.cumsum(-1)
+        mass = upto[:, -1:]
+        last = (upto < mass).sum(-1, keepdim=True)  # the last token that has a probability
+        return torch.searchsorted(upto, uniform[:, None] * mass, right=True).minimum(last)[:, 0]
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     upto = ordered.cumsum(-1)
     kept = ((upto - ordered) < top_p).sum(-1, keepdim=True)  # at least one: nothing comes before the likeliest

@@ -147,9 +147,15 @@ def test_pick_at_the_edges():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     nearly_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert pick(logits, 0.0, 1.0, None).tolist() == [1]
-    assert pick(logits, 1.0, 1.0, torch.zeros(1, dtype=torch.float64)).tolist() == [1]
-    assert pick(logits, 1.0, 1.0, nearly_one).tolist() == [0]
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert pick(logits, 1.0, 1.0, zero).tolist() == [0]  # in the order of the vocabulary
+    assert pick(logits, 1.0, 1.0, nearly_one).tolist() == [2]
+    assert pick(logits, 1.0, 0.99, zero).tolist() == [1]  # the likeliest first
+    assert pick(logits, 1.0, 0.99, nearly_one).tolist() == [0]
     assert pick(logits, 1.0, 1e-9, nearly_one).tolist() == [1]
+    never = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    assert pick(never, 1.0, 1.0, zero).tolist() == [1]
+    assert pick(never, 1.0, 1.0, nearly_one).tolist() == [2]
 
 
 @given(
