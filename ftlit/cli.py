@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -302,6 +303,23 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning, message=".*checkpoint directory.*")
 
 
+def _torch_first(args: list[str]) -> list[str]:
+    """Says of torch's optimizers and schedules whose they are: other packages have some of the same name."""
+    homes = {"--model.optimizer": torch.optim, "--model.lr_scheduler": torch.optim.lr_scheduler}
+    named: list[str] = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if not equals and named and named[-1] in homes:
+            home, value, front = homes[named[-1]], arg, ""
+        elif equals and option in homes:
+            home, front = homes[option], f"{option}="
+        else:
+            named.append(arg)
+            continue
+        named.append(f"{front}{home.__name__}.{value}" if value.isidentifier() and hasattr(home, value) else arg)
+    return named
+
+
 def run(args: list[str]) -> int:
     """Runs a training verb.
 
@@ -314,7 +332,7 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    args = resolve_all(rows_given(args))
+    args = _torch_first(resolve_all(rows_given(args)))
     _quiet()
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}

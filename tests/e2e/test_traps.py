@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -37,6 +38,7 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(ftlit, rows, tmp_path):
 
 
 def test_another_optimizer_does_not_inherit_the_settings_of_the_first(ftlit, fit_args):
+    pytest.importorskip("bitsandbytes")  # has optimizers of the same names
     args = [*fit_args, "--trainer.max_steps", "1", "--run", "r", "--model.weight_decay", "0.1"]
     assert ftlit(*args, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.5") == 0
     (group, *_) = torch.load("r/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]

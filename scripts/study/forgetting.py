@@ -1,0 +1,271 @@
+"""What forgetting depends on, and what holds it: a grid of short runs, claims about them, a table and pictures.
+
+    python scripts/study/forgetting.py run    --model FOLDER --data FOLDER [--only GROUP ...] [--out runs/study]
+    python scripts/study/forgetting.py report [--out runs/study]
+
+`run` trains what is not yet done, each in a process of its own, and can be stopped and started at will. `report` reads
+what is there: `runs.csv`, one picture a claim, and each claim with its numbers. The folder of data holds
+`gsm8k_train.jsonl` (the target), `alpaca_en_demo.json` and `c4_demo.jsonl` (what is not to be forgotten).
+
+Runs with one seed see the same rows in the same order, so differences between them are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STEPS = 45
+DOMAINS = ("chat", "raw", "own")
+SEEDS = (0, 1)
+LR = 5e-4
+
+
+class Run(NamedTuple):
+    """One cell of the grid.
+
+    Attributes:
+        group: The claim it was made for; others use it too.
+        name: Its folder.
+        seed: Seed of the order of the rows and of the adapter.
+        lr: Peak learning rate.
+        value: What is varied in the group.
+        args: Further arguments of `ftlit fit`.
+    """
+
+    group: str
+    name: str
+    seed: int
+    lr: float
+    value: float
+    args: tuple[str, ...] = ()
+
+
+def grid(data: Path) -> list[Run]:
+    """All runs, the most needed first.
+
+    Args:
+        data: The folder of data.
+    """
+    runs = [Run("plain", f"plain-{seed}", seed, LR, 0.0) for seed in SEEDS]
+    runs += [Run("budget", f"budget-{share}", 0, LR, share, _budget(share)) for share in (0.01, 0.02, 0.05, 0.1)]
+    runs += [Run("fixed", f"fixed-{w}", 0, LR, w, _replay(0.1, weight=w)) for w in (0.3, 1.0, 3.0, 10.0, 30.0)]
+    runs += [
+        Run("ratio", f"ratio-{ratio}-{seed}", seed, LR, ratio, _replay(ratio, weight=3.0))
+        for ratio in (0.01, 0.05, 0.1)
+        for seed in SEEDS
+    ]
+    chat = str(data / "alpaca_en_demo.json")
+    runs += [Run("real", f"real-{seed}", seed, LR, 0.1, _replay(0.1, weight=3.0, rows=chat)) for seed in SEEDS]
+    runs += [Run("rate", f"rate-{lr:g}-{seed}", seed, lr, lr) for lr in (1e-4, 2e-3) for seed in SEEDS]
+    runs += [
+        Run("l2", f"l2-{steps}", 0, LR, steps, (*_callback("L2ToInit"), f"--trainer.callbacks.half_life={steps}"))
+        for steps in (45, 15, 5)
+    ]
+    runs += [Run("decay", f"decay-{seed}", seed, LR, 0.1, ("--model.weight_decay", "0.1")) for seed in SEEDS]
+    runs += [
+        Run("between", f"alpha-{a}", 0, LR, a, (*_callback("Interpolate"), f"--trainer.callbacks.alpha={a}"))
+        for a in (0.5, 0.75)
+    ]
+    return runs
+
+
+def _callback(name: str) -> tuple[str, ...]:
+    return (f"--trainer.callbacks+={name}",)
+
+
+def _replay(ratio: float, weight: float, rows: str = "self") -> tuple[str, ...]:
+    settings = {"rows": rows, "ratio": ratio, "weight": weight, "num_rows": 96, "max_new_tokens": 64}
+    return (*_callback("Replay"), *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items()))
+
+
+def _budget(share: float) -> tuple[str, ...]:
+    settings = {"max_increase": share, "documents": 300, "new_tokens": 64, "steering_documents": 24, "probes": 8}
+    budget = (f"--trainer.callbacks.{key}={value}" for key, value in settings.items())
+    return (*_replay(0.1, weight=1.0), *_callback("ForgettingBudget"), *budget)
+
+
+def train(run: Run, model: str, data: Path, out: Path) -> float:
+    """Trains one cell; returns its seconds.
+
+    Args:
+        run: The cell.
+        model: The start model.
+        data: The folder of data.
+        out: The folder of the study.
+    """
+    domains = {"chat": str(data / "alpaca_en_demo.json"), "raw": str(data / "c4_demo.jsonl"), "own": "self"}
+    folder = out / run.name
+    command = [
+        *(sys.executable, "-m", "ftlit", "fit", "--config", "sft", "--config", "peft/lora", "--run", str(folder)),
+        *("--model.policy", model, "--model.lr", str(run.lr), "--seed_everything", str(run.seed)),
+        *("--data.train", str(data / "gsm8k_train.jsonl"), "--data.columns", "{instruction: question, output: answer}"),
+        *("--data.seed", str(run.seed), "--data.validation", "0.006", "--data.max_length", "256"),
+        *("--data.batch_size", "8", "--data.max_tokens", "1024", "--trainer.max_steps", str(STEPS)),
+        *("--trainer.max_epochs", "-1", "--trainer.callbacks+=ForgettingProbe"),
+        *(f"--trainer.callbacks.domains={json.dumps(domains)}", "--trainer.callbacks.max_tokens=4096"),
+        *("--trainer.callbacks.at_validations=false", "--trainer.callbacks.own_rows=300"),
+        "--trainer.callbacks.own_new_tokens=64",
+        *(["--ckpt_path", "last"] if (folder / "checkpoints").exists() else []),
+        *run.args,
+    ]
+    began = time.time()
+    with (out / f"{run.name}.log").open("a", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        sys.exit(f"{run.name} ended with {status}: see {out / run.name}.log")
+    return time.time() - began
+
+
+def results(data: Path, out: Path) -> Iterator[dict[str, Any]]:
+    """What is known of each cell that is done."""
+    for run in grid(data):
+        path = out / run.name / "summary.json"
+        if not path.exists():
+            continue
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        start, end = summary["start"], summary["end"]
+        row: dict[str, Any] = {**run._asdict(), "args": " ".join(run.args), "seconds": round(summary["seconds"])}
+        row |= {"learnt": start["val/loss"] - end["val/loss"], "target_loss": end["val/loss"]}
+        for domain in DOMAINS:
+            for key in ("change", "change_low", "change_high", "kl"):
+                row[f"{domain}_{key}"] = end[f"forgetting/{domain}/{key}"]
+        row |= {key: end.get(f"forgetting/budget/{key}", _logged(out / run.name, key)) for key in _VERDICT}
+        yield row
+
+
+_VERDICT = ("verdict", "verdict_low", "verdict_high", "alpha", "kept")
+
+
+def _logged(folder: Path, key: str) -> float | None:
+    """A number that a budget logged at the end."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        values = [row.get(f"forgetting/budget/{key}") for row in csv.DictReader(file)]
+    return next((float(value) for value in reversed(values) if value), None)
+
+
+# ---- claims -----------------------------------------------------------------------------------------------------
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Each claim of `research` that the runs which are done can speak of, as found."""
+    by_name = {row["name"]: row for row in rows}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    plain = groups.get("plain", [])
+    if not plain:
+        return
+    mean = {key: sum(row[key] for row in plain) / len(plain) for key in ("own_change", "chat_change", "learnt")}
+    if "rate" in groups:
+        found = sorted([*plain, *groups["rate"]], key=lambda row: row["lr"])
+        yield "C1 forgetting rises with the rate: " + _each(found, "lr", "own_change", "learnt")
+    if "ratio" in groups:
+        found = sorted([*plain, *groups["ratio"]], key=lambda row: row["value"])
+        yield "C3 forgetting falls with the share of replay: " + _each(found, "value", "own_change", "learnt")
+    if "real" in groups:
+        pairs = [(by_name.get(f"ratio-0.1-{row['seed']}"), row) for row in groups["real"]]
+        known = [(own, real) for own, real in pairs if own is not None]
+        for domain in DOMAINS:
+            shares = [
+                f"own text {1 - own[f'{domain}_change'] / _of(plain, own, f'{domain}_change'):.0%}, "
+                f"real rows {1 - real[f'{domain}_change'] / _of(plain, real, f'{domain}_change'):.0%}"
+                for own, real in known
+            ]
+            yield f"C4 share of the forgetting on {domain} that KL replay removes: " + "; ".join(shares)
+    if "l2" in groups:
+        found = sorted([plain[0], *groups["l2"]], key=lambda row: -(row["value"] or math.inf))
+        yield "C6 pull to the start, half-life in steps (0: none): " + _each(found, "value", "own_change", "learnt")
+    if "decay" in groups:
+        differences = [row["own_change"] - _of(plain, row, "own_change") for row in groups["decay"]]
+        yield "C6 weight decay 0.1, change of forgetting: " + ", ".join(f"{value:+.4f}" for value in differences)
+    if "between" in groups:
+        yield "C7 back toward the start: " + "; ".join(
+            f"alpha {row['value']}: {row['own_change'] / plain[0]['own_change']:.0%} of the forgetting, "
+            f"{row['learnt'] / plain[0]['learnt']:.0%} of what was learnt"
+            for row in groups["between"]
+        )
+    for row in groups.get("budget", []):
+        met = row["verdict"] <= math.log1p(row["value"])
+        yield (
+            f"C10 budget {row['value']:.0%}: {'met' if met else 'NOT met'}, perplexity "
+            f"{math.expm1(row['verdict']):+.2%} [{math.expm1(row['verdict_low']):+.2%}, "
+            f"{math.expm1(row['verdict_high']):+.2%}], alpha {row['alpha']:.2f}, learnt {row['learnt']:.3f} "
+            f"({row['learnt'] / mean['learnt']:.0%} of plain)"
+        )
+    if "fixed" in groups:
+        yield "C10 fixed weights: " + _each(groups["fixed"], "value", "own_change", "learnt")
+
+
+def _of(plain: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float:
+    """The same of the plain run with the same seed."""
+    return float(next(one[key] for one in plain if one["seed"] == row["seed"]))
+
+
+def _each(rows: Sequence[dict[str, Any]], value: str, *keys: str) -> str:
+    return "; ".join(f"{row[value]:g}: " + ", ".join(f"{key} {row[key]:+.4f}" for key in keys) for row in rows)
+
+
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """All runs on the plane of what was learnt and what was lost."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    for domain in DOMAINS:
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        for group in dict.fromkeys(row["group"] for row in rows):
+            some = sorted((row for row in rows if row["group"] == group), key=lambda row: row["learnt"])
+            changes = [100 * math.expm1(row[f"{domain}_change"]) for row in some]
+            axes.plot([row["learnt"] for row in some], changes, "o-", alpha=0.7, label=group)
+        axes.set_xlabel("learnt: fall of the loss on held-out target rows, nats a token")
+        axes.set_ylabel("lost: rise of the perplexity, %")
+        axes.set_title(f"Every run of the study: what it learnt, and what it lost on {domain}")
+        axes.legend()
+        figure.savefig(out / f"plane-{domain}.png", dpi=150)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("run", "report"))
+    parser.add_argument("--model", help="the start model, a transformers folder")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder of the study")
+    parser.add_argument("--only", nargs="*", help="groups of the grid; all when left out")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if args.mode == "run":
+        if args.model is None:
+            parser.error("run needs --model")
+        for run in grid(args.data.resolve()):
+            done = (args.out / run.name / "summary.json").exists()
+            if done or (args.only and run.group not in args.only):
+                continue
+            print(f"{run.name}: {train(run, args.model, args.data.resolve(), args.out):.0f} s", flush=True)
+    rows = list(results(args.data.resolve(), args.out))
+    if not rows:
+        sys.exit(f"{args.out} holds no finished run.")
+    with (args.out / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, args.out)
+    print("\n".join(claims(rows)))
+
+
+if __name__ == "__main__":
+    main()
