@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,12 +99,18 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _start(self, batch: PackedBatch) -> tuple[Tensor, Head]:
         """Hidden states and output layer of the model at the start of the run, without dropout."""
+        with self.at_start():
+            # Detached: the start context may put the trained values back into the same parameters when it ends.
+            return self.hidden(batch), head_of(self.lm).detach()
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Context in which it is the model at the start of the run, in evaluation mode."""
         was = self.training
         self.eval()
         try:
             with self.strategy.start(self.lm):
-                # Detached: the start context may put the trained values back into the same parameters when it ends.
-                return self.hidden(batch), head_of(self.lm).detach()
+                yield
         finally:
             self.train(was)
 

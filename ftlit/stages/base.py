@@ -563,6 +563,27 @@ class Stage(L.LightningModule):
         if not self.trainer.sanity_checking:
             self._validated_at = self.trainer.global_step
 
+    def log_evaluation(self, loop: str, values: dict[str, float]) -> None:
+        """Logs what a validation or test measured.
+
+        Args:
+            loop: `val` or `test`.
+            values: The metrics by their whole names, the same on all ranks.
+        """
+        if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
+            if not self.trainer.ckpt_path:  # a run that goes on has that behind it
+                self.start_metrics = values
+                for logger in self.trainer.loggers:
+                    logger.log_metrics({**values}, step=0)
+            return
+        self.last_metrics = values
+        if loop == "val" and self.trainer.state.fn == "fit":
+            self.log_position()
+        for key, value in values.items():
+            # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
+            shown = key == self.best_by[0]
+            self.log(key, value, prog_bar=shown, sync_dist=self.trainer.world_size > 1, batch_size=1)
+
     def log_position(self) -> None:
         """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""
         self.log("step", float(self.trainer.global_step), batch_size=1)

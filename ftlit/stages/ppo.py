@@ -308,7 +308,7 @@ class PPO(Stage):
             means = zip(keys, (counts[1:] / counts[0]).tolist(), strict=True)
             values |= {f"{place}/{key}": value for key, value in means if several or "/" not in key}
         self._sums = {}
-        self._log_values(loop, values)
+        self.log_evaluation(loop, values)
 
     def validation_step(self, batch: list[int], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answers some held-out prompts."""
@@ -326,20 +326,6 @@ class PPO(Stage):
     def on_test_epoch_end(self) -> None:
         """Logs the same as `test/...`."""
         self._log_evaluation("test")
-
-    def _log_values(self, loop: str, values: dict[str, float]) -> None:
-        if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
-            if not self.trainer.ckpt_path:  # a run that goes on has that behind it
-                self.start_metrics = values
-                for logger in self.trainer.loggers:
-                    logger.log_metrics({**values}, step=0)
-            return
-        self.last_metrics = values
-        if loop == "val" and self.trainer.state.fn == "fit":
-            self.log_position()
-        for key, value in values.items():
-            # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
-            self.log(key, value, prog_bar=key == "val/reward", sync_dist=self.trainer.world_size > 1, batch_size=1)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

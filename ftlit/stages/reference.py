@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,21 +33,9 @@ def start_logps(policy: Policy, batch: PackedBatch) -> Tensor:
         policy: The policy; where its strategy trains the model itself, `remember_start` must have been called.
         batch: The micro-batch; only its targets of source 0 are scored, in their order.
     """
-    with as_at_start(policy):
+    with policy.at_start():
         logps: Tensor = policy(batch.only({0})).logps
         return logps
-
-
-@contextmanager
-def as_at_start(policy: Policy) -> Iterator[None]:
-    """Context in which the policy is the model at the start of the run, in evaluation mode."""
-    was = policy.training
-    policy.eval()
-    try:
-        with policy.strategy.start(policy.lm):
-            yield
-    finally:
-        policy.train(was)
 
 
 class StoredScores:
@@ -158,4 +144,4 @@ def _write(path: Path, values: np.ndarray) -> None:
         print(f"reference scores are not kept: {path.parent} cannot be written ({error.strerror})", flush=True)
 
 
-__all__ = ["StoredScores", "as_at_start", "start_logps", "stored_scores"]
+__all__ = ["StoredScores", "start_logps", "stored_scores"]

@@ -60,20 +60,7 @@ class ValidatedStage(Stage):
         for name, metric in metrics.items():
             place = loop if name == MAIN else f"{loop}/{name}"
             values |= {f"{place}/{key}": value.item() for key, value in metric.compute().items()}
-        if self.trainer.sanity_checking and self.trainer.ckpt_path:
-            return  # a run that goes on has its start behind it
-        if self.trainer.sanity_checking:
-            # The whole validation runs once before training: where the run starts from.
-            self.start_metrics = values
-            for logger in self.trainer.loggers:
-                logger.log_metrics({**values}, step=0)
-            return
-        self.last_metrics = values
-        if loop == "val" and self.trainer.state.fn == "fit":
-            self.log_position()
-        for key, value in values.items():
-            # Already reduced over ranks; the mean of equal numbers only keeps Lightning from warning.
-            self.log(key, value, prog_bar=key == "val/loss", sync_dist=self.trainer.world_size > 1, batch_size=1)
+        self.log_evaluation(loop, values)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the counts anew."""
