@@ -161,8 +161,9 @@ class LoRALinear(LoRALayer):
         else:
             dtype = self.weight.dtype
         if not self.enabled:
-            weight = self.weight.t() if self.transposed else self.weight
-            return F.linear(x.to(dtype), weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            matrix = (self.weight.t() if self.transposed else self.weight).to(dtype)
+            flat = x.reshape(-1, x.shape[-1]).to(dtype)
+            return _add_linear(None, flat, matrix, self.bias).view(*x.shape[:-1], -1)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         out = _LowRankLinear.apply(
             x, dropped, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.transposed, dtype
@@ -228,8 +229,7 @@ class _LowRankLinear(torch.autograd.Function):
         low = down.to(dtype) @ flat.t()  # [r, T]
         matrix = (weight.t() if transposed else weight).to(dtype)
         own = flat if dropped is x else x.reshape(flat.shape).to(dtype)
-        out = F.linear(own, matrix, None if bias is None else bias.to(dtype))
-        out.addmm_(low.t(), up.to(dtype).t(), alpha=scale)
+        out = _add_linear((low.t() @ up.to(dtype).t()).mul_(scale), own, matrix, bias)
         ctx.save_for_backward(dropped, low, weight, down, up)
         ctx.scale, ctx.transposed, ctx.dtype = scale, transposed, dtype
         ctx.shape, ctx.x_dtype, ctx.same = x.shape, x.dtype, dropped is x
@@ -248,13 +248,31 @@ class _LowRankLinear(torch.autograd.Function):
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight.t() if ctx.transposed else weight).to(dtype)
+            matrix = (weight.t() if ctx.transposed else weight).to(dtype)
+            through = low_t.t() @ down.to(dtype)
             if ctx.same:
-                grad_x.addmm_(low_t.t(), down.to(dtype))
+                grad_x = through.addmm_(grad, matrix)
             else:
-                grad_dropped = (low_t.t() @ down.to(dtype)).view(ctx.shape).to(ctx.x_dtype)
+                grad_x, grad_dropped = grad @ matrix, through.view(ctx.shape).to(ctx.x_dtype)
             grad_x = grad_x.view(ctx.shape).to(ctx.x_dtype)
         return grad_x, grad_dropped, None, grad_bias, grad_down, grad_up, None, None, None
+
+
+def _add_linear(product: Tensor | None, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`product + x matrix^T + bias`, the first sum rounded once.
+
+    Half precision rounds `x matrix^T` to a grid coarser than a small product: one that is added afterwards is rounded
+    away, the same way every time. Added inside the matrix product, before it is rounded, it is kept on average.
+
+    Args:
+        product: `[T, out]`, overwritten. None is zero, by the same computation: an adapter that is zero changes no bit.
+        x: `[T, in]`.
+        matrix: `[out, in]`.
+        bias: `[out]`.
+    """
+    out = x.new_zeros(x.shape[0], matrix.shape[0]) if product is None else product
+    out.addmm_(x, matrix.t())
+    return out if bias is None else out.add_(bias.to(x.dtype))
 
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "LowRank"]

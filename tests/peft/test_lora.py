@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ftlit.batch import pack
 from ftlit.errors import ConfigError
@@ -226,8 +227,6 @@ def test_layers_that_share_an_input_keep_it_once(dtype, autocast):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("trained_bias", [False, True])
 def test_the_function_has_the_gradients_of_its_formula(transposed, trained_bias):
-    from transformers.pytorch_utils import Conv1D
-
     base = Conv1D(5, 7) if transposed else nn.Linear(7, 5)
     layer = LoRALinear(base.double(), 2, 1.5)
     layer.weight.requires_grad_(False)
@@ -242,6 +241,42 @@ def test_the_function_has_the_gradients_of_its_formula(transposed, trained_bias)
     ours = torch.autograd.grad(layer(x), inputs, upstream)
     for mine, other in zip(ours, torch.autograd.grad(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_product_survives_half_precision(transposed, bias, autocast):
+    """A product far below the rounding of its layer's output is kept on average, and gradients likewise.
+
+    Added to an output that is rounded already, most of it would be rounded away (the PEFT library loses it).
+    """
+    torch.manual_seed(0)
+    layer = Conv1D(96, 64) if transposed else nn.Linear(64, 96, bias=bias)
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias.normal_() if bias else layer.bias.zero_()
+    adapted = LoRALinear(layer if autocast else layer.to(torch.bfloat16), rank=4, scale=2.0)
+    x = torch.randn(2, 2000, 64).bfloat16()
+    x = x.float() if autocast else x
+
+    def outputs() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return adapted(x)
+
+    before = outputs()
+    adapted.enabled = False
+    assert torch.equal(before, outputs())  # an adapter that is zero changes no bit
+    adapted.enabled = True
+    with torch.no_grad():
+        adapted.lora_B.normal_(std=1e-4)
+    product = 2.0 * x.double() @ adapted.lora_A.double().T @ adapted.lora_B.double().T
+    assert product.abs().median() < 2**-9 * before.abs().median()
+    kept = ((outputs().double() - before.double()) * product).sum() / product.square().sum()
+    assert kept.item() == pytest.approx(1.0, abs=0.2)
+    output = (before + product.to(before.dtype)).double()
+    lost = ((output - before.double()) * product).sum() / product.square().sum()
+    assert lost.item() < 0.8
 
 
 def test_dropout_drops_inputs_of_a_only():
