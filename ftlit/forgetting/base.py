@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import lightning as L
 from torch import Tensor
 from typing_extensions import override
 
-from ftlit.batch import PackedBatch
+from ftlit.batch import Example, PackedBatch
 from ftlit.errors import ConfigError
 from ftlit.objectives.scores import TokenScores
 
@@ -87,6 +87,10 @@ class ForgettingControl(L.Callback):
     def added_rows(self, stage: Stage) -> AddedRows | None:
         """Rows to be trained beside those of the stage; `self.source` is the number they are given in the batches."""
         return None
+
+    def held_out(self) -> Mapping[str, Sequence[Example]]:
+        """Documents it measures forgetting on, by name; a run that also trains them is warned of."""
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:

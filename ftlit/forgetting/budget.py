@@ -52,7 +52,8 @@ class ForgettingBudget(ForgettingControl):
         max_increase: Largest relative increase of perplexity: 0.02 are 2 %, `ln 1.02` nats a token.
         domains: What is not to be forgotten, as for `ForgettingProbe`; half of the documents of each steer, half judge.
             Text that the start model writes itself when left out.
-        controls: Names of the controls to turn; all that are in the loss when left out.
+        controls: Names of the controls to turn, `[]` for none: then only the end is held to it. All that are in the
+            loss when left out.
         documents: Documents of the start model's own in each of the two probes. About 600 are needed to tell 0.005 nats
             a token.
         new_tokens: Most tokens of each.
@@ -120,12 +121,16 @@ class ForgettingBudget(ForgettingControl):
 
     @staticmethod
     def default_controls(callbacks: Sequence[Any]) -> list[ForgettingControl]:
-        """What a run with a budget gets where it has none of its own: KL replay of its own text, and a probe to see."""
+        """What a run with a budget gets where it has none of its own: KL replay of its own text, and a probe to see.
+
+        A budget that names its controls, `[]` for none, gets no replay.
+        """
         budgets = [one for one in callbacks if isinstance(one, ForgettingBudget)]
         if not budgets:
             return []
         probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
-        turned = any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
+        named = budgets[0].names is not None
+        turned = named or any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
         added: list[ForgettingControl] = [] if turned else [Replay()]
         return added if probed else [*added, ForgettingProbe(dict(budgets[0].domains))]
 
@@ -175,6 +180,11 @@ class ForgettingBudget(ForgettingControl):
             self._given[control.name] = control.weight or 1.0
             control.normalised = True
         self._turn(stage)
+
+    @override
+    def held_out(self) -> dict[str, Sequence[Example]]:
+        both = [self._meters[key].sets for key in ("first", "second")]
+        return {name: [*both[0][name].examples, *both[1][name].examples] for name in self.domains}
 
     def _documents(self, stage: Stage, rows: str) -> tuple[Documents, Documents]:
         """Two disjoint sets."""

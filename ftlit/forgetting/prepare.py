@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,8 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from ftlit.errors import ConfigError
+from ftlit.forgetting.overlap import overlaps
 
 if TYPE_CHECKING:
+    from ftlit.data.added import AddedRows
+    from ftlit.forgetting.base import ForgettingControl
     from ftlit.stages.base import Stage
 
 
@@ -60,6 +64,22 @@ def prepare_controls(stage: Stage) -> None:
     stage.policy.train()
     if rows:
         data.added_rows = rows
+    _warn_of_overlaps(controls, data, rows)
+
+
+def _warn_of_overlaps(controls: Sequence[ForgettingControl], data: Any, added: Sequence[AddedRows]) -> None:
+    trained = {rows.name: rows.examples for rows in added}
+    own = getattr(data, "sets", {}).get("train")
+    trained |= {} if own is None else {"data.train": own}
+    held_out = {
+        f"{control.name} ({name})": examples for control in controls for name, examples in control.held_out().items()
+    }
+    for measurer, trainer, count in overlaps(held_out, trained):
+        rank_zero_only(print)(
+            f"  warning: {count:,} of the {len(held_out[measurer]):,} documents of {measurer} are also trained by "
+            f"{trainer}, so what is measured on them flatters; take other rows for one of the two",
+            flush=True,
+        )
 
 
 __all__ = ["prepare_controls"]

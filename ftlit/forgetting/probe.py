@@ -158,6 +158,11 @@ class ForgettingProbe(ForgettingControl):
         self._norms = start_norms(stage.policy.lm, stage.strategy)
         self.start_seconds = time.perf_counter() - began
 
+    @override
+    def held_out(self) -> dict[str, Sequence[Example]]:
+        assert self._meter is not None
+        return {name: self._meter.sets[name].examples for name in self.domains}
+
     def _documents(self, stage: Stage, data: Any, rows: str, name: str) -> Documents:
         if rows != OWN:
             documents, self._words[name] = read_documents(

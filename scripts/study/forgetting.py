@@ -1,7 +1,7 @@
 """What forgetting depends on, and what holds it: a grid of short runs, claims about them, a table and pictures.
 
-    python scripts/study/forgetting.py run    --model FOLDER --data FOLDER [--only GROUP ...] [--out runs/study]
-    python scripts/study/forgetting.py report [--out runs/study]
+    python scripts/study/forgetting.py run    --model FOLDER --data FOLDER [--only GROUP ...] [--jobs 2]
+    python scripts/study/forgetting.py report
 
 `run` trains what is not yet done, each in a process of its own, and can be stopped and started at will. `report` reads
 what is there: `runs.csv`, one picture a claim, and each claim with its numbers. The folder of data holds
@@ -20,11 +20,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEPS = 45
+STEPS = 40
 DOMAINS = ("chat", "raw", "own")
 SEEDS = (0, 1)
 LR = 5e-4
@@ -56,9 +57,11 @@ def grid(data: Path) -> list[Run]:
     Args:
         data: The folder of data.
     """
-    runs = [Run("plain", f"plain-{seed}", seed, LR, 0.0) for seed in SEEDS]
+    runs = [Run("plain", f"plain-{seed}", seed, LR, 0.0, _judge()) for seed in SEEDS]
     runs += [Run("budget", f"budget-{share}", 0, LR, share, _budget(share)) for share in (0.01, 0.02, 0.05, 0.1)]
-    runs += [Run("fixed", f"fixed-{w}", 0, LR, w, _replay(0.1, weight=w)) for w in (0.3, 1.0, 3.0, 10.0, 30.0)]
+    runs += [
+        Run("fixed", f"fixed-{w}", 0, LR, w, (*_replay(0.1, weight=w), *_judge())) for w in (0.3, 1.0, 3.0, 10.0, 30.0)
+    ]
     runs += [
         Run("ratio", f"ratio-{ratio}-{seed}", seed, LR, ratio, _replay(ratio, weight=3.0))
         for ratio in (0.01, 0.05, 0.1)
@@ -68,33 +71,63 @@ def grid(data: Path) -> list[Run]:
     runs += [Run("real", f"real-{seed}", seed, LR, 0.1, _replay(0.1, weight=3.0, rows=chat)) for seed in SEEDS]
     runs += [Run("rate", f"rate-{lr:g}-{seed}", seed, lr, lr) for lr in (1e-4, 2e-3) for seed in SEEDS]
     runs += [
-        Run("l2", f"l2-{steps}", 0, LR, steps, (*_callback("L2ToInit"), f"--trainer.callbacks.half_life={steps}"))
-        for steps in (45, 15, 5)
+        Run("l2", f"l2-{steps}", 0, LR, steps, _settings("L2ToInit", {"half_life": steps})) for steps in (45, 15, 5)
     ]
     runs += [Run("decay", f"decay-{seed}", seed, LR, 0.1, ("--model.weight_decay", "0.1")) for seed in SEEDS]
-    runs += [
-        Run("between", f"alpha-{a}", 0, LR, a, (*_callback("Interpolate"), f"--trainer.callbacks.alpha={a}"))
-        for a in (0.5, 0.75)
-    ]
+    runs += [Run("between", f"alpha-{a}", 0, LR, a, _settings("Interpolate", {"alpha": a})) for a in (0.5, 0.75)]
     return runs
+
+
+def further(data: Path) -> list[Run]:
+    """Runs for claims beyond the grid, made only when their group is named.
+
+    Args:
+        data: The folder of data.
+    """
+    raw, chat = str(data / "c4_demo.jsonl"), str(data / "alpaca_en_demo.json")
+    runs = [
+        Run("full", f"full-{lr:g}-{seed}", seed, lr, lr, ("--model.strategy", "Full"))
+        for lr in (1e-5, 5e-5)
+        for seed in SEEDS
+    ]
+    for objective in ("ce", "kl"):
+        replay = (*_replay(0.1, weight=1.0, rows=raw), f"--trainer.callbacks.objective={objective}")
+        runs += [Run("foreign", f"foreign-{objective}-{seed}", seed, LR, 0.1, replay) for seed in SEEDS]
+    runs += [Run("select", f"{name}-{seed}", seed, LR, 0.0, _callback(name)) for name in _CHOOSE for seed in SEEDS]
+    ewc = (*_callback("EWC"), f"--trainer.callbacks.rows={chat}")
+    return [*runs, *(Run("ewc", f"ewc-{seed}", seed, LR, 0.0, ewc) for seed in SEEDS)]
+
+
+_CHOOSE = ("TokenSelection", "SampleWeighting")
 
 
 def _callback(name: str) -> tuple[str, ...]:
     return (f"--trainer.callbacks+={name}",)
 
 
+def _settings(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*_callback(name), *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items()))
+
+
 def _replay(ratio: float, weight: float, rows: str = "self") -> tuple[str, ...]:
     settings = {"rows": rows, "ratio": ratio, "weight": weight, "num_rows": 96, "max_new_tokens": 64}
-    return (*_callback("Replay"), *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items()))
+    return _settings("Replay", settings)
 
 
 def _budget(share: float) -> tuple[str, ...]:
-    settings = {"max_increase": share, "documents": 300, "new_tokens": 64, "steering_documents": 24, "probes": 8}
-    budget = (f"--trainer.callbacks.{key}={value}" for key, value in settings.items())
-    return (*_replay(0.1, weight=1.0), *_callback("ForgettingBudget"), *budget)
+    settings = {"max_increase": share, "steering_documents": 32, "probes": 10}
+    return (*_replay(0.1, weight=1.0), *_settings("ForgettingBudget", settings | _DOCUMENTS))
 
 
-def train(run: Run, model: str, data: Path, out: Path) -> float:
+def _judge() -> tuple[str, ...]:
+    """Nothing is turned nor taken back: the documents of the verdict are read, that runs can be compared."""
+    return _settings("ForgettingBudget", {"controls": "[]", "project": "false", "probes": 1} | _DOCUMENTS)
+
+
+_DOCUMENTS = {"documents": 240, "new_tokens": 64}
+
+
+def train(run: Run, model: str, data: Path, out: Path, threads: int) -> float:
     """Trains one cell; returns its seconds.
 
     Args:
@@ -102,6 +135,10 @@ def train(run: Run, model: str, data: Path, out: Path) -> float:
         model: The start model.
         data: The folder of data.
         out: The folder of the study.
+        threads: Threads to compute with.
+
+    Raises:
+        RuntimeError: If the run fails.
     """
     domains = {"chat": str(data / "alpaca_en_demo.json"), "raw": str(data / "c4_demo.jsonl"), "own": "self"}
     folder = out / run.name
@@ -110,25 +147,25 @@ def train(run: Run, model: str, data: Path, out: Path) -> float:
         *("--model.policy", model, "--model.lr", str(run.lr), "--seed_everything", str(run.seed)),
         *("--data.train", str(data / "gsm8k_train.jsonl"), "--data.columns", "{instruction: question, output: answer}"),
         *("--data.seed", str(run.seed), "--data.validation", "0.006", "--data.max_length", "256"),
-        *("--data.batch_size", "8", "--data.max_tokens", "1024", "--trainer.max_steps", str(STEPS)),
-        *("--trainer.max_epochs", "-1", "--trainer.callbacks+=ForgettingProbe"),
-        *(f"--trainer.callbacks.domains={json.dumps(domains)}", "--trainer.callbacks.max_tokens=4096"),
-        *("--trainer.callbacks.at_validations=false", "--trainer.callbacks.own_rows=300"),
-        "--trainer.callbacks.own_new_tokens=64",
+        *("--data.batch_size", "4", "--data.max_tokens", "1024", "--trainer.max_steps", str(STEPS)),
+        *("--trainer.max_epochs", "-1", "--trainer.precision", "bf16-mixed"),
+        *_settings("ForgettingProbe", {"domains": json.dumps(domains), "max_tokens": 6144, "at_validations": "false"}),
+        *("--trainer.callbacks.own_rows=240", "--trainer.callbacks.own_new_tokens=64"),
         *(["--ckpt_path", "last"] if (folder / "checkpoints").exists() else []),
         *run.args,
     ]
     began = time.time()
     with (out / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=env).returncode
     if status:
-        sys.exit(f"{run.name} ended with {status}: see {out / run.name}.log")
+        raise RuntimeError(f"{run.name} ended with {status}: see {out / run.name}.log")
     return time.time() - began
 
 
 def results(data: Path, out: Path) -> Iterator[dict[str, Any]]:
     """What is known of each cell that is done."""
-    for run in grid(data):
+    for run in [*grid(data), *further(data)]:
         path = out / run.name / "summary.json"
         if not path.exists():
             continue
@@ -139,6 +176,7 @@ def results(data: Path, out: Path) -> Iterator[dict[str, Any]]:
         for domain in DOMAINS:
             for key in ("change", "change_low", "change_high", "kl"):
                 row[f"{domain}_{key}"] = end[f"forgetting/{domain}/{key}"]
+        row |= {key: end.get(f"forgetting/{key}") for key in ("target/kl", "weights/change")}
         row |= {key: end.get(f"forgetting/budget/{key}", _logged(out / run.name, key)) for key in _VERDICT}
         yield row
 
@@ -244,18 +282,27 @@ def main() -> None:
     parser.add_argument("--model", help="the start model, a transformers folder")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder of the study")
-    parser.add_argument("--only", nargs="*", help="groups of the grid; all when left out")
+    parser.add_argument("--only", nargs="*", help="groups of the grid, or full, foreign, select, ewc; the grid")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.mode == "run":
         if args.model is None:
             parser.error("run needs --model")
-        for run in grid(args.data.resolve()):
-            done = (args.out / run.name / "summary.json").exists()
-            if done or (args.only and run.group not in args.only):
-                continue
-            print(f"{run.name}: {train(run, args.model, args.data.resolve(), args.out):.0f} s", flush=True)
+        data = args.data.resolve()
+        runs = [*grid(data), *further(data)] if args.only else grid(data)
+        todo = [run for run in runs if not args.only or run.group in args.only]
+        todo = [run for run in todo if not (args.out / run.name / "summary.json").exists()]
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+
+        def one(run: Run, threads: int = threads) -> None:
+            print(f"{run.name}: {train(run, args.model, data, args.out, threads):.0f} s", flush=True)
+
+        if todo:  # the first alone: it writes the texts that the others read
+            one(todo.pop(0), os.cpu_count() or 1)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, todo))
     rows = list(results(args.data.resolve(), args.out))
     if not rows:
         sys.exit(f"{args.out} holds no finished run.")
