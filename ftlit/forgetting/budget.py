@@ -156,10 +156,9 @@ class ForgettingBudget(ForgettingControl):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if self._meters:
-            return
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
+        self.outcome, self.infeasible_at = {}, None
         first: dict[str, Documents] = {}
         second: dict[str, Documents] = {}
         for name, rows in self.domains.items():
@@ -177,7 +176,7 @@ class ForgettingBudget(ForgettingControl):
             if isinstance(control, ForgettingProbe):
                 control.limit = self.limit  # its pictures show it
         for control in self.turned(stage):
-            self._given[control.name] = control.weight or 1.0
+            self._given.setdefault(control.name, control.weight or 1.0)
             control.normalised = True
         self._turn(stage)
 

@@ -67,6 +67,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         (probe,) = self._probes(stage)
         if self._heard not in probe.listeners:
             probe.listeners.append(self._heard)
+        self.stopped_at = -1
         self._keep(stage, 0)
 
     def _keep(self, stage: Stage, step: int) -> None:

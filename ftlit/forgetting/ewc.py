@@ -78,8 +78,6 @@ class EWC(ChangePenalty):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if self._fisher:
-            return
         assert stage.policy is not None
         examples = self.examples(stage)
         names = sorted(change.name for change in stage.strategy.changes(stage.policy.lm))

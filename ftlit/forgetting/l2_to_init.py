@@ -120,7 +120,7 @@ class L2ToInit(ChangePenalty):
     def prepare(self, stage: Stage) -> None:
         if stage.weight_decay and not stage.make_optimizer:
             self._note = f"; beside it model.weight_decay {stage.weight_decay:g} pulls toward zero, not to the start"
-        if self.rows is not None and not self._moments:
+        if self.rows is not None:
             examples = general_rows(stage, self.name, self.rows, self.num_rows)
             self._moments = kept(stage, "moments", digest(examples), lambda: second_moments(stage, examples))
 

@@ -142,8 +142,6 @@ class ForgettingProbe(ForgettingControl):
     @override
     def prepare(self, stage: Stage) -> None:
         """Reads the documents and scores the start model on them."""
-        if self._meter is not None:
-            return
         began = time.perf_counter()
         trainer = stage.trainer
         assert stage.policy is not None

@@ -75,15 +75,14 @@ class Replay(ForgettingControl):
 
     @override
     def added_rows(self, stage: Stage) -> AddedRows:
-        if self._added is None:
-            data: Any = stage.trainer.datamodule
-            if self.rows == OWN:
-                examples: Sequence[Example] = own_text(
-                    stage, None, self.num_rows, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
-                )
-            else:
-                examples = data.load_added(self.name, self.rows)
-            self._added = AddedRows(self.name, examples, self.ratio, self.seed)
+        data: Any = stage.trainer.datamodule
+        if self.rows == OWN:
+            examples: Sequence[Example] = own_text(
+                stage, None, self.num_rows, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
+            )
+        else:
+            examples = data.load_added(self.name, self.rows)
+        self._added = AddedRows(self.name, examples, self.ratio, self.seed)
         return self._added
 
     @property

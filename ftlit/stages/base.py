@@ -149,6 +149,7 @@ class Stage(L.LightningModule):
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
         self._validated_at = -1
+        self._prepared = False
 
     predicts_tokens: ClassVar[bool] = False
     """Whether its targets are tokens of given rows that the language model predicts."""
@@ -208,14 +209,17 @@ class Stage(L.LightningModule):
         self._tokenizer = tokenizer
 
     def configure_model(self) -> None:
-        """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
-        if self.policy is not None:
-            return
-        self.policy = self.make_policy().train()
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
-            assert self.device_mesh is not None
-            shard(self.policy, self.device_mesh["data_parallel"])
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        """Loads the policy and applies the strategy, once, and prepares the controls of each fit.
+
+        Lightning calls this where the strategy wants it built.
+        """
+        if self.policy is None:
+            self.policy = self.make_policy().train()
+            if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+                assert self.device_mesh is not None
+                shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not self._prepared:
+            self._prepared = True
             prepare_controls(self)
 
     def make_policy(self) -> Any:
@@ -314,6 +318,7 @@ class Stage(L.LightningModule):
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
         if stage != "fit":
             return
+        self._prepared = False  # the model may be there already, from a validation or an earlier fit
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did

@@ -37,6 +37,9 @@ class Blind(ForgettingProbe):
     def prepare(self, stage):
         pass
 
+    def held_out(self):
+        return {}
+
     def describe(self):
         return "blind"
 
