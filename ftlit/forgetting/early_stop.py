@@ -39,6 +39,7 @@ class EarlyStopOnForgetting(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(self, max_increase: float = 0.02, probe: str | None = None, name: str | None = None) -> None:
         super().__init__(1.0, name)

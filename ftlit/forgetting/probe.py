@@ -67,6 +67,7 @@ class ForgettingProbe(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -210,9 +211,13 @@ class ForgettingProbe(ForgettingControl):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At chosen optimizer steps; where a validation follows, it measures there."""
+        """At chosen optimizer steps; where a validation follows, it measures there.
+
+        After the last step it waits for the end: a budget may still take the weights back.
+        """
+        step = trainer.global_step
         validates = self._validation(trainer.datamodule) is not None and pl_module.validates_here()
-        if self._asked(trainer.global_step) and not validates:
+        if self._asked(step) and step < pl_module.planned_steps and not validates:
             self.observe(trainer, pl_module)
 
     def _asked(self, step: int) -> bool:
@@ -232,7 +237,8 @@ class ForgettingProbe(ForgettingControl):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """At the end, where no validation was."""
-        if self.at_end and trainer.global_step and self._last_step != trainer.global_step:
+        step = trainer.global_step
+        if step and (self.at_end or self._asked(step)) and self._last_step != step:
             self.observe(trainer, pl_module)
 
     # ---- a round --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class StartWeighting(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(1.0, name)
