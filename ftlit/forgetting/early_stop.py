@@ -82,7 +82,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         if self.stopped_at >= 0:
             return
         (probe,) = self._probes(stage)
-        change = probe.last_values["forgetting/worst/change"]
+        change = probe.worst_change
         if change <= self.limit:
             self._keep(stage, trainer.global_step)
             return

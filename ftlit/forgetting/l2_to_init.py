@@ -90,6 +90,7 @@ class L2ToInit(ChangePenalty):
         self.strength, self.total_pull, self.rows, self.num_rows = strength, total_pull, rows, num_rows
         self._saved_up = 0.0  # halvings that are still to be done
         self._moments: dict[str, Tensor] = {}
+        self._rates: tuple[tuple[float, int], float] | None = None  # the sum of the rates of a run
         self._note = ""
 
     # ---- before training ------------------------------------------------------------------------------------------
@@ -134,8 +135,11 @@ class L2ToInit(ChangePenalty):
     def factor(self, stage: Stage) -> float:
         if self.total_pull is None:
             return 1.0 if self.strength is None else self.strength
-        rate = stage.rate(stage.planned_steps)
-        return self.total_pull / (stage.lr * math.fsum(rate(step) for step in range(stage.planned_steps)))
+        key = (stage.lr, stage.planned_steps)
+        if self._rates is None or self._rates[0] != key:
+            rate = stage.rate(stage.planned_steps)
+            self._rates = (key, stage.lr * math.fsum(rate(step) for step in range(stage.planned_steps)))
+        return self.total_pull / self._rates[1]
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Stage, optimizer: Any) -> None:

@@ -42,7 +42,9 @@ class ForgettingProbe(ForgettingControl):
     `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
     forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259). `ftlit fit` ends with a table and two pictures of them.
 
-    It only looks: training is bitwise the same with and without. Ranks share the documents.
+    It only looks: training is bitwise the same with and without. Ranks share the documents. Of several probes, such as
+    a small one that measures often and a large one for the end, the first in the list measures target and weights too;
+    the domain that lost most in another is logged as `forgetting/NAME_worst/...`.
 
     Args:
         domains: Documents by name: a file, a folder, a hub id, `sample:NAME`, or `self` for text that the start model
@@ -118,9 +120,20 @@ class ForgettingProbe(ForgettingControl):
         self.last_values: dict[str, float] = {}
         self.seconds, self.start_seconds, self.rounds = 0.0, 0.0, 0
         self._last_step: int | None = None
+        self._first = True  # of the probes of the run
         self._meter: Meter | None = None
         self._norms: dict[int, float] = {}
         self._words: dict[str, str] = {}
+
+    @property
+    def _worst(self) -> str:
+        """What the domain that lost most is called in the log."""
+        return "worst" if self._first else f"{self.name}_worst"
+
+    @property
+    def worst_change(self) -> float:
+        """The change of the domain that lost most, as last measured, nats a token."""
+        return self.last_values[f"forgetting/{self._worst}/change"]
 
     @property
     def layers(self) -> dict[str, float]:
@@ -138,6 +151,10 @@ class ForgettingProbe(ForgettingControl):
             return "its data module has no chat template to read the documents with."
         if stage.strategy.trains_base and isinstance(stage.trainer.strategy, ModelParallelStrategy):
             return "the start of a model that is trained whole cannot be had while its weights are sharded; use ddp."
+        others = [one for one in stage.controls if isinstance(one, ForgettingProbe) and one is not self]
+        twice = [domain for domain in self.domains if any(domain in one.domains for one in others)]
+        if twice:
+            return f"another probe measures {twice[0]!r} too; call the domain otherwise in one of them."
         return None
 
     @override
@@ -148,13 +165,14 @@ class ForgettingProbe(ForgettingControl):
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
         data: Any = trainer.datamodule
+        self._first = next(one for one in stage.controls if isinstance(one, ForgettingProbe)) is self
         sets = {name: self._documents(stage, data, rows, name) for name, rows in self.domains.items()}
-        if (target := self._target(data)) is not None:
+        if self._first and (target := self._target(data)) is not None:
             sets[TARGET] = target
         room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
         self._meter = Meter(sets, room, keep_states=self.with_kl, seed=self.seed)
         self._meter.prepare(trainer, stage)
-        self._norms = start_norms(stage.policy.lm, stage.strategy)
+        self._norms = start_norms(stage.policy.lm, stage.strategy) if self._first else {}
         self.start_seconds = time.perf_counter() - began
 
     @override
@@ -204,8 +222,10 @@ class ForgettingProbe(ForgettingControl):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from: by definition nothing is forgotten yet."""
-        if trainer.global_step == 0:
-            self.start_values = self._start_values()
+        if trainer.global_step and self.start_values:  # a run that goes on has logged them
+            return
+        self.start_values = self._start_values()
+        if not trainer.global_step:
             _to_loggers(trainer, self.start_values)
 
     def on_train_batch_end(
@@ -276,9 +296,10 @@ class ForgettingProbe(ForgettingControl):
         assert stage.policy is not None
         began = time.perf_counter()
         found = self.measure(trainer, stage, self.with_kl, list(self._meter.sets))
-        self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
+        if self._first:
+            self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
         self.measured = {name: found[name] for name in self.domains}
-        self.last_values = _values(self.measured, found.get(TARGET), self.drift)
+        self.last_values = _values(self.measured, found.get(TARGET), self.drift, self._worst)
         self._last_step = trainer.global_step
         self.rounds += 1
         if trainer.is_global_zero:
@@ -301,7 +322,7 @@ class ForgettingProbe(ForgettingControl):
             }
             none |= {"kl": 0.0} if self.with_kl else {}
             values |= {f"forgetting/{name}/{key}": value for key, value in none.items()}
-        return values | {f"forgetting/worst/{key}": 0.0 for key in ("change", "change_low", "change_high")}
+        return values | {f"forgetting/{self._worst}/{key}": 0.0 for key in ("change", "change_low", "change_high")}
 
     def _line(self, step: int, seconds: float) -> str:
         parts = [
@@ -329,7 +350,9 @@ class ForgettingProbe(ForgettingControl):
         self.seconds, self.rounds = state_dict["seconds"], state_dict["rounds"]
 
 
-def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift | None) -> dict[str, float]:
+def _values(
+    measured: dict[str, Measured], target: Measured | None, moved: Drift | None, worst_name: str
+) -> dict[str, float]:
     """What is logged of a round."""
     values: dict[str, float] = {}
     for name, one in {**measured, **({} if target is None else {TARGET: target})}.items():
@@ -345,7 +368,7 @@ def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift
         values |= {f"forgetting/{name}/{key}": value for key, value in known.items()}
     worst = max(measured.values(), key=lambda one: one.change)
     ends = {"change": worst.change, "change_low": worst.low, "change_high": worst.high}
-    values |= {f"forgetting/worst/{key}": value for key, value in ends.items()}
+    values |= {f"forgetting/{worst_name}/{key}": value for key, value in ends.items()}
     return values if moved is None else {**values, "forgetting/weights/change": moved.overall}
 
 
