@@ -220,6 +220,11 @@ class ForgettingProbe(ForgettingControl):
 
     # ---- when -----------------------------------------------------------------------------------------------------
 
+    def measures_before_the_end(self, trainer: L.Trainer) -> bool:
+        """Whether it measures while the model still trains."""
+        validates = self.at_validations and self._validation(getattr(trainer, "datamodule", None)) is not None
+        return bool(self.at_steps or self.every_n_steps or validates)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from: by definition nothing is forgotten yet."""
         if trainer.global_step and self.start_values:  # a run that goes on has logged them

@@ -22,6 +22,7 @@ from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.budget import ForgettingBudget
+from ftlit.forgetting.early_stop import EarlyStopOnForgetting
 from ftlit.forgetting.prepare import prepare_controls
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
@@ -454,10 +455,12 @@ class Stage(L.LightningModule):
         return 1.0 + sum(control.weight for control in self.controls if control.normalised and control.in_loss)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What a budget turns, where the run has no control of its own."""
+        """What a budget turns, where the run has no control of its own, and the probe that is missing."""
         if self.trainer.state.fn != "fit":
             return []
-        return [*ForgettingBudget.default_controls(self.trainer.callbacks)]
+        callbacks: list[Any] = self.trainer.callbacks
+        added: list[L.Callback] = [*ForgettingBudget.default_controls(callbacks)]
+        return [*added, *EarlyStopOnForgetting.default_controls([*callbacks, *added])]
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""

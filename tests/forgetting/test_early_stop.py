@@ -54,6 +54,12 @@ class Probe(ForgettingProbe):
         return Documents(GENERAL_ROWS)
 
 
+def test_a_probe_that_measures_at_the_end_only_is_too_late():
+    probe = Probe(every_n_steps=None, at_validations=False)
+    with pytest.raises(ConfigError, match="probe measures at the end only, which is too late to stop"):
+        run(LoRA(rank=3), callbacks=[probe, EarlyStopOnForgetting()])
+
+
 class Weights(L.Callback):
     """Keeps the trained weights after each step."""
 
@@ -146,8 +152,8 @@ def test_what_was_kept_survives_a_stop(tmp_path):
 
 
 def test_what_it_cannot_do_is_refused_in_a_sentence():
-    with pytest.raises(ConfigError, match="it listens to a ForgettingProbe"):
-        run(Full(), callbacks=[EarlyStopOnForgetting()])
+    assert [type(one) for one in EarlyStopOnForgetting.default_controls([EarlyStopOnForgetting()])] == [ForgettingProbe]
+    assert not EarlyStopOnForgetting.default_controls([EarlyStopOnForgetting(), Probe()])
     with pytest.raises(ConfigError, match="ForgettingProbe called"):
         run(Full(), callbacks=[Probe(), EarlyStopOnForgetting(probe="other")])
     with pytest.raises(ConfigError, match="name exactly one"):
