@@ -42,7 +42,8 @@ class L2ToInit(ChangePenalty):
     text at the start, divided by its mean diagonal entry: only what general text would notice is pulled back.
     Embeddings, norms, biases and the output layer keep the plain penalty. The head of a classifier is left alone.
 
-    AdamW's `weight_decay` pulls toward zero, away from the start; leave it at 0 beside this.
+    AdamW's `weight_decay` of the model's own weights pulls toward zero, away from the start: leave it at 0 beside this.
+    (That of a LoRA adapter is another pull to the start.)
 
     Logged: `forgetting/l2_to_init/distance`, `||Delta||` over all weights, and coupled `.../loss`.
 
@@ -91,7 +92,6 @@ class L2ToInit(ChangePenalty):
         self._saved_up = 0.0  # halvings that are still to be done
         self._moments: dict[str, Tensor] = {}
         self._rates: tuple[tuple[float, int], float] | None = None  # the sum of the rates of a run
-        self._note = ""
 
     # ---- before training ------------------------------------------------------------------------------------------
 
@@ -119,8 +119,6 @@ class L2ToInit(ChangePenalty):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if stage.weight_decay and not stage.make_optimizer:
-            self._note = f"; beside it model.weight_decay {stage.weight_decay:g} pulls toward zero, not to the start"
         if self.rows is not None:
             examples = general_rows(stage, self.name, self.rows, self.num_rows)
             self._moments = kept(stage, "moments", digest(examples), lambda: second_moments(stage, examples))
@@ -189,7 +187,7 @@ class L2ToInit(ChangePenalty):
         else:
             how = f"coupled, strength {1.0 if self.strength is None else self.strength:g}"
         seen = f", weighted by the inputs of {len(self._moments)} layers on {self.rows}" if self._moments else ""
-        return f"{self.name}: {how}{seen}, weight {self.weight:g}{self._note}"
+        return f"{self.name}: {how}{seen}, weight {self.weight:g}"
 
 
 @torch.no_grad()

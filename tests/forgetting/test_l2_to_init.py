@@ -248,5 +248,18 @@ def test_what_is_saved_up_is_in_the_state():
 
 
 def test_weight_decay_beside_it_is_said(capsys):
-    run(Full(), control=L2ToInit(), stage={"weight_decay": 0.1})
-    assert "model.weight_decay 0.1 pulls toward zero" in capsys.readouterr().out
+    """Also that of another optimizer, whose own default it may be; an adapter that decays goes to the start as well."""
+    by_hand = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3)}
+    for strategy, options, said in [
+        (
+            Full(),
+            {"weight_decay": 0.1},
+            "weight_decay 0.1 pulls toward zero and l2_to_init to the start",
+        ),
+        (Full(), by_hand, "weight_decay 0.01 pulls toward zero"),
+        (Full(), {}, None),
+        (LoRA(rank=3), {"weight_decay": 0.1}, None),
+    ]:
+        run(strategy, control=L2ToInit(), stage=options)
+        out = capsys.readouterr().out
+        assert said in out if said else "toward zero" not in out
