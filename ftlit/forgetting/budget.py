@@ -134,11 +134,23 @@ class ForgettingBudget(ForgettingControl):
         budgets = [one for one in callbacks if isinstance(one, ForgettingBudget)]
         if not budgets:
             return []
+        budget = budgets[0]
         probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
-        named = budgets[0].names is not None
-        turned = named or any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
+        turned = budget.names is not None or any(
+            isinstance(one, ForgettingControl) and one.in_loss for one in callbacks
+        )
         added: list[ForgettingControl] = [] if turned else [Replay()]
-        return added if probed else [*added, ForgettingProbe(dict(budgets[0].domains))]
+        return added if probed else [*added, budget._probe()]
+
+    def _probe(self) -> ForgettingProbe:
+        """A probe of the first of the texts that judge: no others have to be written, and they have not steered."""
+        return ForgettingProbe(
+            dict(self.domains),
+            own_rows=min(128, self.documents),
+            own_new_tokens=self.new_tokens,
+            own_first=FIRST_VERDICT,
+            seed=self.seed,
+        )
 
     def turned(self, stage: Stage) -> list[ForgettingControl]:
         """The controls whose weights it turns."""

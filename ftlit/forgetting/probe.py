@@ -60,6 +60,8 @@ class ForgettingProbe(ForgettingControl):
         kl: Whether to measure KL too; keeps the start model's hidden states of the scored tokens in memory.
         own_rows: How many texts the start model writes for `self`; made once and kept on disk.
         own_new_tokens: Most tokens of each of its answers.
+        own_first: Number of the first of these texts. Beside a `ForgettingBudget` take 32768: the texts from 0 on steer
+            it and would flatter, those from there on judge it.
         batch_tokens: Most tokens scored at once: bounds memory; `data.max_tokens` when left out.
         seed: Seed of the choice of documents, of the texts and of the bootstrap.
         name: What it is called, where there are several.
@@ -82,6 +84,7 @@ class ForgettingProbe(ForgettingControl):
         kl: bool = True,
         own_rows: int = 128,
         own_new_tokens: int = 128,
+        own_first: int = 0,
         batch_tokens: int | None = None,
         seed: int = 0,
         name: str | None = None,
@@ -93,6 +96,7 @@ class ForgettingProbe(ForgettingControl):
             ("at_steps", min(at_steps or [1]), 1),
             ("own_rows", own_rows, 1),
             ("own_new_tokens", own_new_tokens, 2),
+            ("own_first", own_first, 0),
             ("batch_tokens", batch_tokens, 1),
         ):
             if value is not None and value < least:
@@ -109,7 +113,7 @@ class ForgettingProbe(ForgettingControl):
         self.max_tokens, self.at_steps, self.every_n_steps = max_tokens, sorted(at_steps or []), every_n_steps
         self.at_validations, self.at_end, self.with_kl = at_validations, at_end, kl
         self.own_rows, self.own_new_tokens, self.batch_tokens = own_rows, own_new_tokens, batch_tokens
-        self.seed = seed
+        self.own_first, self.seed = own_first, seed
         self.limit: float | None = None
         """The change that is allowed, nats a token, where there is a budget: the pictures show it."""
         self.listeners: list[Callable[[L.Trainer, Stage], None]] = []
@@ -191,7 +195,9 @@ class ForgettingProbe(ForgettingControl):
                 quiet=not stage.trainer.is_global_zero,
             )
             return documents
-        texts = own_text(stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed)
+        texts = own_text(
+            stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed, skip=self.own_first
+        )
         documents = _first(texts, self.max_tokens)
         tokens = int(measure(documents.examples).targets.sum())
         self._words[name] = f"{len(documents.examples):,} of its own texts, {tokens:,} scored tokens"

@@ -6,12 +6,15 @@ import math
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from ftlit.data.added import AddedRows
 from ftlit.errors import ConfigError
 from ftlit.forgetting import EarlyStopOnForgetting, ForgettingBudget, ForgettingProbe, Replay
+from ftlit.forgetting.budget import FIRST_VERDICT
 from ftlit.forgetting.documents import Documents
 from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.shipped import config_dir
 from ftlit.testing import tiny_examples
 from tests.forgetting.test_early_stop import Probe, nll
 from tests.stages.test_step import fit
@@ -206,6 +209,9 @@ def test_prefixes_cannot_go_back_but_are_steered_and_judged():
 def test_defaults_and_refusals():
     added = ForgettingBudget.default_controls([ForgettingBudget()])
     assert [type(one).__name__ for one in added] == ["Replay", "ForgettingProbe"]
+    (_, probe) = ForgettingBudget.default_controls([ForgettingBudget(documents=20, new_tokens=7, seed=3)])
+    # The texts by which it judges: none but those are written, and none that steers is shown.
+    assert (probe.own_first, probe.own_rows, probe.own_new_tokens, probe.seed) == (FIRST_VERDICT, 20, 7, 3)
     assert ForgettingBudget.default_controls([Replay()]) == []
     assert ForgettingBudget.default_controls([ForgettingBudget(), Replay(), ForgettingProbe()]) == []
     for options in ({"max_increase": 0.0}, {"documents": 1}, {"domains": {}}, {"probes": 0}):
@@ -217,3 +223,13 @@ def test_defaults_and_refusals():
         run(Budget(controls=["blind"]))
     with pytest.raises(ConfigError, match="use one of them"):
         fit(LoRA(rank=3), trainer={"callbacks": [Budget(), Given(), Blind(), EarlyStopOnForgetting()]})
+
+
+def test_the_quickstart_shows_the_texts_that_judge():
+    """Those of both runs are written once, and none of them steers."""
+    files = [config_dir() / f"{name}.yaml" for name in ("quickstart", "quickstart_budget")]
+    callbacks = [one for file in files for one in yaml.safe_load(file.read_text())["trainer"]["callbacks+"]]
+    settings = {one["class_path"]: one["init_args"] for one in callbacks}
+    probe, budget = settings["ForgettingProbe"], settings["ForgettingBudget"]
+    assert probe["own_first"] == FIRST_VERDICT
+    assert (probe["own_rows"], probe["own_new_tokens"]) == (budget["documents"], budget["new_tokens"])
