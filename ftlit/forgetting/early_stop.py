@@ -118,6 +118,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         with torch.no_grad():
             for name, parameter in pl_module.strategy.trained(pl_module.policy.lm).items():
                 parameter.copy_(self._good[name])
+        self.good_step = trainer.global_step  # these are they; once is enough
         measure_again(trainer, pl_module)
 
     @override

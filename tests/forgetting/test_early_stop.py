@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftlit.batch import Example, pack
 from ftlit.errors import ConfigError
-from ftlit.forgetting import EarlyStopOnForgetting, ForgettingProbe
+from ftlit.forgetting import EarlyStopOnForgetting, ForgettingProbe, Interpolate
 from ftlit.forgetting.documents import Documents
 from ftlit.peft import Full, LoRA, PrefixTuning
 from ftlit.testing import tiny_examples, tiny_lm
@@ -149,6 +149,18 @@ def test_what_was_kept_survives_a_stop(tmp_path):
     assert runner.global_step == 4
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, weights.after[2][name])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_put_back_is_then_moved_to_the_start(first):
+    """In whatever order the two stand."""
+    weights, stop, half = Weights(), EarlyStopOnForgetting(max_increase=1e-9), Interpolate(alpha=0.5)
+    module, _, runner = run(Full(), callbacks=[Probe(), *([stop, half] if first else [half, stop]), weights])
+    assert stop.stopped_at == runner.global_step < 6
+    kept = max(step for step in weights.after if step < stop.stopped_at)
+    for name, parameter in module.named_parameters():
+        middle = (weights.after[0][name] + weights.after[kept][name]) / 2
+        torch.testing.assert_close(parameter, middle, rtol=0, atol=1e-12)
 
 
 def test_what_it_cannot_do_is_refused_in_a_sentence():
