@@ -154,12 +154,15 @@ def test_what_was_kept_survives_a_stop(tmp_path):
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_put_back_is_then_moved_to_the_start(first):
     """In whatever order the two stand."""
-    weights, stop, half = Weights(), EarlyStopOnForgetting(max_increase=1e-9), Interpolate(alpha=0.5)
-    module, _, runner = run(Full(), callbacks=[Probe(), *([stop, half] if first else [half, stop]), weights])
-    assert stop.stopped_at == runner.global_step < 6
-    kept = max(step for step in weights.after if step < stop.stopped_at)
+
+    class Late(Probe):
+        worst_change = property(lambda self: float(self._last_step > 2))
+
+    weights, stop, half = Weights(), EarlyStopOnForgetting(), Interpolate(alpha=0.5)
+    module, _, runner = run(Full(), callbacks=[Late(), *([stop, half] if first else [half, stop]), weights])
+    assert stop.stopped_at == runner.global_step == 3
     for name, parameter in module.named_parameters():
-        middle = (weights.after[0][name] + weights.after[kept][name]) / 2
+        middle = (weights.after[0][name] + weights.after[2][name]) / 2
         torch.testing.assert_close(parameter, middle, rtol=0, atol=1e-12)
 
 
