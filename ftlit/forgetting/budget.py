@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FIRST_VERDICT = FIRST_OWN // 2
 _TARGET = "target"
 _EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
-_SATURATED = 4  # probes in a row with the largest weight and too much forgotten: the budget cannot be met
 _BISECTIONS = 7
 _LEARNT = "nats a trained token"  # the loss whose fall is what was learnt
 
@@ -270,16 +269,18 @@ class ForgettingBudget(ForgettingControl):
         if step % every and not (step in _EARLY and step < every):
             return
         worst = self._worst(self._measured("steering", trainer, pl_module))
-        weight = self.controller.update(worst.change)
+        before = self.controller.weight
+        weight = self.controller.update(worst.change, left=(last - 1 - step) // every)
         self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
         self._turn(pl_module)
         self._log(trainer, {"change": worst.change, "limit": self.limit, "weight": weight})
-        if self.controller.saturated == _SATURATED and self.infeasible_at is None:
+        if self.controller.out_of_reach and self.infeasible_at is None:
             self.infeasible_at = step
             self._say(
                 trainer,
-                f"budget     cannot be met as things are: with the largest weight ({self.controller.most:g}) the "
-                f"perplexity is still {math.expm1(worst.change):+.1%} after step {step}; lower model.lr, raise the "
+                f"budget     cannot be met as things are: after step {step} the perplexity is "
+                f"{math.expm1(worst.change):+.1%} with weight {before:.2g}, which cannot grow enough (to at most "
+                f"{self.controller.most:g}) in the {last - step:,} steps that are left; lower model.lr, raise the "
                 "ratio of replay or the budget"
                 + ("; at the end the weights will be taken back toward the start" if self.project else ""),
             )
