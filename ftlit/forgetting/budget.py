@@ -43,9 +43,9 @@ class ForgettingBudget(ForgettingControl):
     the weight of the controls in the loss (of a KL `Replay` of the model's own text, where the run has no control of
     its own). The loss is divided by 1 and the weights, so that they do not change the size of the step. At the end the
     weights go back toward the start as far as it takes for the upper 95 % bound on all documents of the first probe to
-    meet the budget, and a **second** set of documents, read once, gives the verdict: met, if its estimate is within the
-    budget. What was kept of the gain on the target is printed beside, wherever the likelihood of rows is what is
-    learnt: a model that learnt nothing has met every budget.
+    meet the budget, and a **second** set of documents, which steers nothing, gives the verdict: met, if its estimate is
+    within the budget. What was kept of the gain on the target is printed beside, wherever the likelihood of rows is
+    what is learnt: a model that learnt nothing has met every budget.
 
     Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end, and in
     `summary.json`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0), `.../gain`
@@ -369,7 +369,7 @@ class ForgettingBudget(ForgettingControl):
             way += f", and nothing was learnt (the loss on the target rows rose by {-got['gain']:.3f} nats a token)"
         words = [
             f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
-            f"[{percent[1]}, {percent[2]}] on {texts:,} texts not used before",
+            f"[{percent[1]}, {percent[2]}] on {texts:,} texts that steered nothing",
             way,
         ]
         if self._given:
