@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Smallest share of the change that is taken back at once: a smaller one would be lost in the rounding of the weights,
 # so it is saved up. Float32 holds seven digits of a weight, of which the change fills the last four or so.
 _LEAST = {torch.float64: 0.0, torch.float32: 1e-3}
+_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class L2ToInit(ChangePenalty):
@@ -112,6 +113,11 @@ class L2ToInit(ChangePenalty):
             return f"{reason.rstrip('.')}; or use mode: coupled."
         trained = stage.strategy.trained(stage.policy.lm).values()
         narrow = {parameter.dtype for parameter in trained} - set(_LEAST)
+        kind, _, whole = str(getattr(stage.trainer, "precision", "")).partition(
+            "-"
+        )  # the adapter, too, is about to be cast
+        if whole == "true" and kind in _HALF:
+            narrow.add(_HALF[kind])
         if narrow:
             kind = str(narrow.pop()).removeprefix("torch.")
             return f"a decoupled pull is lost in the rounding of weights in {kind}; use trainer.precision bf16-mixed."
@@ -121,7 +127,8 @@ class L2ToInit(ChangePenalty):
     def prepare(self, stage: Stage) -> None:
         if self.rows is not None:
             examples = general_rows(stage, self.name, self.rows, self.num_rows)
-            self._moments = kept(stage, "moments", digest(examples), lambda: second_moments(stage, examples))
+            settings = [digest(examples), "float32"]
+            self._moments = kept(stage, "moments", settings, lambda: second_moments(stage, examples))
 
     # ---- while training -------------------------------------------------------------------------------------------
 
@@ -211,7 +218,8 @@ def second_moments(stage: Stage, examples: Any) -> dict[str, Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
+            with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+                sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
 
         return hook
 
