@@ -113,10 +113,8 @@ class L2ToInit(ChangePenalty):
             return f"{reason.rstrip('.')}; or use mode: coupled."
         trained = stage.strategy.trained(stage.policy.lm).values()
         narrow = {parameter.dtype for parameter in trained} - set(_LEAST)
-        kind, _, whole = str(getattr(stage.trainer, "precision", "")).partition(
-            "-"
-        )  # the adapter, too, is about to be cast
-        if whole == "true" and kind in _HALF:
+        kind, _, whole = str(getattr(stage.trainer, "precision", "")).partition("-")
+        if whole == "true" and kind in _HALF:  # Lightning is about to cast the adapter, too
             narrow.add(_HALF[kind])
         if narrow:
             kind = str(narrow.pop()).removeprefix("torch.")

@@ -6,8 +6,9 @@ import math
 import os
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
@@ -233,6 +235,20 @@ class Stage(L.LightningModule):
         if self.gradient_checkpointing:
             recompute_activations(lm)
         return Policy(lm, self.strategy)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, but casts no buffer to a narrower type.
+
+        With rotary frequencies in half precision tokens stand elsewhere: another model than the one that was loaded.
+        """
+        named = [(module, name, buffer) for module in self.modules() for name, buffer in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, before in named:
+            now = module._buffers[name]
+            if before is not None and now is not None and now.element_size() < before.element_size():
+                module._buffers[name] = before.to(now.device)
+        return self
 
     def _load_dtype(self) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""

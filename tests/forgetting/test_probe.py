@@ -2,16 +2,20 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from ftlit.batch import Example
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
 from ftlit.forgetting import ForgettingProbe
 from ftlit.forgetting.documents import Documents
 from ftlit.models.policy import Policy
 from ftlit.peft import Full, LoRA
+from ftlit.stages import SFT
 from ftlit.stages.fsdp import FSDP2
 from ftlit.testing import tiny_lm, tiny_tokenizer
+from ftlit.testing.control_suite import TinyData
 from tests.forgetting.runs import run
 from tests.forgetting.test_early_stop import GENERAL_ROWS, Probe
 
@@ -108,3 +112,28 @@ def test_a_probe_that_joins_a_run_that_goes_on_knows_where_it_started(tmp_path):
     run(LoRA(rank=3), callbacks=[always])
     assert late.start_values == always.start_values
     assert late.rounds == 3
+
+
+@pytest.mark.parametrize("make", [Full, lambda: LoRA(rank=3)], ids=["Full", "LoRA"])
+def test_in_half_precision_nothing_is_forgotten_before_anything_is_learnt(make):
+    """The start is scored before Lightning casts the model, whose positions must stay what they were."""
+    text = torch.randint(3, 300, (6, 120), generator=torch.Generator().manual_seed(0)).tolist()
+
+    class Long(Probe):
+        def _documents(self, stage, data, rows, name):
+            self._words[name] = "made in code"
+            return Documents([Example(ids, [0.0] + [1.0] * 119) for ids in text])
+
+    probe = Long(kl=True)
+    stage = SFT(tiny_lm(dtype=torch.bfloat16), make(), lr=1e-12, warmup=0)
+    stage.tokenizer = tiny_tokenizer()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1,
+        enable_model_summary=False, max_epochs=-1, precision="bf16-true", callbacks=[probe],
+    )  # fmt: skip
+    trainer.fit(stage, TinyData())
+    found = probe.measured["general"]
+    assert found.nll == found.start_nll
+    assert found.agreement == 1
+    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert all(buffer.dtype == torch.float32 for buffer in stage.policy.lm.buffers())
