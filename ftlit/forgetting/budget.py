@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -23,6 +24,7 @@ from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.forgetting.replay import FIRST_OWN, OWN, Replay
+from ftlit.forgetting.share import largest_share
 from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 FIRST_VERDICT = FIRST_OWN // 2
 _TARGET = "target"
 _EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
-_BISECTIONS = 7
 _LEARNT = "nats a trained token"  # the loss whose fall is what was learnt
 
 
@@ -341,20 +342,14 @@ class ForgettingBudget(ForgettingControl):
     def _alpha(self, trainer: L.Trainer, stage: Stage) -> float:
         """The largest share of the way from the start whose upper bound on the first probe meets the budget."""
         assert stage.policy is not None
+        lm = stage.policy.lm
 
-        def within() -> bool:
-            measured = self._measured("first", trainer, stage)
-            return all(one.upper() <= self.limit for one in measured.values())
+        def lost(share: float) -> float:
+            with nullcontext() if share == 1 else stage.strategy.at(lm, share):
+                measured = self._measured("first", trainer, stage)
+            return max(one.upper() for one in measured.values())
 
-        if within():
-            return 1.0
-        low, high = 0.0, 1.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            with stage.strategy.at(stage.policy.lm, middle):
-                met = within()
-            low, high = (middle, high) if met else (low, middle)
-        return low
+        return largest_share(lost, self.limit)
 
     def line(self, trainer: L.Trainer) -> str:
         """How it ended, in one line."""

@@ -100,8 +100,8 @@ _CHOOSE = ("TokenSelection", "SampleWeighting")
 
 
 def _replay(ratio: float, weight: float, rows: str = "self") -> tuple[str, ...]:
-    settings = {"rows": rows, "ratio": ratio, "weight": weight, "num_rows": 96, "max_new_tokens": 64}
-    return callback("Replay", settings)
+    own = {"num_rows": 96, "max_new_tokens": 64} if rows == "self" else {}
+    return callback("Replay", {"rows": rows, "ratio": ratio, "weight": weight, **own})
 
 
 def _budget(share: float) -> tuple[str, ...]:
