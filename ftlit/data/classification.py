@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.data.datamodules import SFTData, shortened
-from ftlit.data.formats.classification import Classification, LabelledRow
+from ftlit.data.formats.base import RowFormat, show
+from ftlit.data.formats.classification import LabelledRow, detect_labelled
 from ftlit.data.labels import LabelledEvalLoader, LabelledExamples, LabelledStepLoader, LabelTemplate, cut
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.data.sources import Source
@@ -52,13 +53,11 @@ class ClassificationData(SFTData):
                 raise ConfigError(f"data.{name} is about answers, and labelled rows have none; leave it out.")
         if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
             raise ConfigError(f"data.labels needs at least two different labels, got {', '.join(labels) or 'none'}.")
-        self.row_format = self.row_format or Classification()
         self.given_labels = [str(label) for label in labels] if labels is not None else None
         self.labels: list[str] = []
         self.multi_label = False
         self.counts: Counter[str] = Counter()
         self.num_rows = 0
-        self._of_rows: dict[str, list[tuple[str, ...] | None]] = {}
 
     @override
     def setup(self, stage: str) -> None:
@@ -77,9 +76,16 @@ class ClassificationData(SFTData):
     def _find_labels(self, sources: Sequence[Source]) -> None:
         """Reads the labels of the training rows and decides their order."""
         for source in sources:
-            for names in self._read(source):
-                self.counts.update(names or ())
-                self.num_rows += names is not None
+            for row in range(len(source)):
+                try:
+                    record = self._labelled(source, row)
+                except DataError:
+                    if self.on_bad_row == "error":
+                        raise
+                    continue  # counted when the row is tokenized
+                self.multi_label = self.multi_label or record.several
+                self.counts.update(record.labels)
+                self.num_rows += 1
         found = sorted(self.counts, key=_by_number)
         self.labels = self.given_labels or found
         if unknown := [label for label in found if label not in self.labels]:
@@ -87,32 +93,28 @@ class ClassificationData(SFTData):
         if len(self.labels) < 2 and not self.multi_label:
             raise DataError(f"data.train has one label for all rows ({', '.join(found)}); at least two are needed.")
 
-    def _read(self, source: Source) -> list[tuple[str, ...] | None]:
-        """The labels of each row of a source; None where it cannot be read. Read once."""
-        if source.name not in self._of_rows:
-            rows: list[tuple[str, ...] | None] = []
-            for row in range(len(source)):
-                try:
-                    record: Any = source.record(row)
-                except DataError:
-                    if self.on_bad_row == "error":
-                        raise
-                    rows.append(None)  # counted when the row is tokenized
-                    continue
-                if not isinstance(record, LabelledRow):
-                    raise ConfigError(f"data.format {type(source.row_format).__name__} reads no labels.")
-                self.multi_label = self.multi_label or record.several
-                rows.append(record.labels)
-            self._of_rows[source.name] = rows
-        return self._of_rows[source.name]
+    @staticmethod
+    def _labelled(source: Source, row: int) -> LabelledRow:
+        record: Any = source.record(row)
+        if not isinstance(record, LabelledRow):
+            raise ConfigError(
+                f"{source.name}: {type(source.row_format).__name__} reads no labels; give rows with text and label, "
+                "such as a .jsonl or .csv file."
+            )
+        return record
 
     def _numbers(self, source: Source, rows: np.ndarray) -> Tensor:
         """The labels of some rows as numbers, `[N]` or `[N, L]`."""
-        names = self._read(source)
         numbers = {label: number for number, label in enumerate(self.labels)}
         table = torch.zeros(len(rows), len(self.labels), dtype=torch.int64)
         for place, row in enumerate(rows.tolist()):
-            for label in names[row] or ():
+            record = self._labelled(source, row)
+            if record.several and not self.multi_label:
+                raise DataError(
+                    f"{source.where(row)}: column 'label' must hold one label, as in the training rows, got "
+                    f"{show(list(record.labels))}."
+                )
+            for label in record.labels:
                 if label not in numbers:
                     raise DataError(
                         f"{source.where(row)}: the label {label!r} is not one of the training rows': "
@@ -122,6 +124,11 @@ class ClassificationData(SFTData):
         return table if self.multi_label else table.argmax(1)
 
     # ---- what SFTData leaves open ---------------------------------------------------------------------------------
+
+    @staticmethod
+    @override
+    def _choose(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
+        return detect_labelled(columns, where)
 
     @override
     def _changed(self, source: Source, record: Any) -> Any:

@@ -228,7 +228,7 @@ def resolve(name: str) -> str:
             if len(files) > 1:
                 names = ", ".join(file.name for file in files[:4])
                 raise ConfigError(f"model folder {name} holds several GGUF files ({names}); name one of them.")
-            raise ConfigError(f"model folder {name} holds neither a config.json nor a GGUF file.")
+            raise ConfigError(f"model folder {name} {_instead(path, name)}.")
         return str(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -237,6 +237,18 @@ def resolve(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
         raise ConfigError(f"model {name} does not exist (looked in {Path.cwd()}).")
     return name
+
+
+def _instead(folder: Path, name: str) -> str:
+    """What a folder without a model is, and how one gets a model from it."""
+    if (folder / "config.yaml").is_file():
+        return f"is a run: make a model of it (ftlit export {name} --to MODEL) and give that"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "is an adapter: give its base model, and the adapter as --model.peft.from_adapter, or merge them "
+            f"(ftlit export {name} --to MODEL)"
+        )
+    return "holds neither a config.json nor a GGUF file"
 
 
 @contextlib.contextmanager

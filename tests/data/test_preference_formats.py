@@ -83,6 +83,9 @@ class TestPairs(RowFormatSuite):
         ({"chosen": [turn("user", "Hi?"), turn("assistant", "Yes.")],
           "rejected": [turn("user", "Ho?"), turn("assistant", "No.")]}, "rejected"),
         ({"prompt": "Hi?", "chosen": [turn("assistant", "A"), turn("user", "B")], "rejected": "No."}, "chosen"),
+        ({"chosen": [turn("user", "Hi?"), turn("assistant", "Yes.")],
+          "rejected": [turn("user", "Hi?"), turn("user", "No.")]}, "rejected"),
+        ({"prompt": "Hi?", "chosen": "Yes.", "rejected": [turn("assistant", "A"), turn("user", "B")]}, "rejected"),
         ({"prompt": "Hi?", "chosen": said("alien", "Yes."), "rejected": "No."}, "chosen"),
     )  # fmt: skip
 
@@ -103,6 +106,7 @@ class TestRanking(RowFormatSuite):
         ({"prompt": "2+2=", "answers": ["4"]}, "answers"),
         ({"prompt": "2+2=", "answers": "4"}, "answers"),
         ({"prompt": "2+2=", "answers": ["4", None]}, "answers"),
+        ({"prompt": "2+2=", "answers": ["4", turn("user", "5")]}, "answers"),
         ({"prompt": "2+2=", "answers": ["4", "5"], "scores": [1]}, "scores"),
         ({"prompt": "2+2=", "answers": ["4", "5"], "scores": [1, "b"]}, "scores"),
         ({"answers": ["4", "5"]}, "prompt"),
@@ -128,7 +132,8 @@ class TestLabelled(RowFormatSuite):
         ({"prompt": "2+2=", "completion": "4", "label": None}, "label"),
         ({"prompt": "2+2=", "label": True}, "completion"),
         ({"completion": "4", "label": True}, "prompt"),
-        ({"messages": [turn("user", "Hi?")], "label": True}, "completion"),
+        ({"prompt": "2+2=", "completion": turn("user", "4"), "label": True}, "completion"),
+        ({"messages": [turn("user", "Hi?")], "label": True}, "messages"),
     )
 
     def make(self):
@@ -152,6 +157,20 @@ def test_no_format_fits():
     with pytest.raises(DataError, match=r"rows.jsonl: columns a, b fit no preference format .* data.columns: \{chosen"):
         detect_preference(["a", "b"], "rows.jsonl")
     assert type(detect_preference(["messages"], "rows.jsonl", answers=False)).__name__ == "Messages"
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (("question", "better", "worse"), "{chosen: better, rejected: worse}"),
+        (("prompt", "chosen"), "{rejected: WORSE}"),
+        (("prompt", "responses"), "{answers: responses}"),
+        (("messages", "kto_tag"), "{label: kto_tag}"),
+    ],
+)
+def test_columns_are_suggested(columns, advice):
+    with pytest.raises(DataError, match=f"such as data.columns: {advice}".replace("{", r"\{")):
+        detect_preference(columns, "rows.jsonl")
 
 
 WORDS = st.lists(st.sampled_from(["a", "ab", "abc", "b", "é", "42"]), min_size=1, max_size=8).map(" ".join)

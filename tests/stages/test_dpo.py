@@ -346,6 +346,12 @@ def test_rows_that_do_not_go_with_the_loss(loss, options, sentence):
         fit(loss=loss, comparisons=tiny_comparisons(**options))
 
 
+@pytest.mark.parametrize("loss", ["kto", "aot", ["sigmoid", "kto"]])
+def test_rows_that_are_compared_with_others_need_others(loss):
+    with pytest.raises(ConfigError, match=r"rows of a micro-batch with each other: set data.batch_size to at least 2"):
+        fit(loss=loss, plan={"batch_size": 1})
+
+
 def test_settings_that_do_not_go_together():
     with pytest.raises(ConfigError, match="SimPO needs no reference"):
         DPO(policy="x", loss="simpo", cache_reference=True)

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, RowError, RowFormat, Text, text_of, weight_of
+from ftlit.data.formats.base import Conversation, RowError, RowFormat, Text, likeliest, text_of, weight_of
 from ftlit.data.formats.turns import tools_of, turns_of
+from ftlit.errors import DataError
+
+# What files call the columns, likeliest first; only ever used to suggest.
+_TEXTS = (
+    "sentence",
+    "content",
+    "review",
+    "comment",
+    "tweet",
+    "title",
+    "body",
+    "document",
+    "question",
+    "input",
+    "prompt",
+)
+_LABELS = (
+    "labels",
+    "class",
+    "category",
+    "target",
+    "sentiment",
+    "emotion",
+    "intent",
+    "topic",
+    "tag",
+    "output",
+    "rating",
+)
 
 
 class LabelledRow(NamedTuple):
@@ -58,6 +87,30 @@ class Classification(RowFormat):
         return LabelledRow(content, tuple(dict.fromkeys(names)), several, weight_of(row))
 
 
+def detect_labelled(columns: Iterable[str], where: str) -> Classification:
+    """The format of rows with labels.
+
+    Args:
+        columns: The columns of the rows.
+        where: The file, for the error.
+
+    Raises:
+        DataError: If the rows have no labels, or nothing that is labelled; it names the `data.columns` that likely
+            would do.
+    """
+    have = list(columns)
+    needs = {"label": likeliest(_LABELS, have)} if "label" not in have else {}
+    if not {"text", "messages"} & set(have):
+        needs = {"text": likeliest(_TEXTS, have), **needs}
+    if not needs:
+        return Classification()
+    listed = ", ".join(f"{name}: {column or name.upper()}" for name, column in needs.items())
+    raise DataError(
+        f"{where}: columns {', '.join(sorted(have)) or '(none)'} are no rows with labels (Classification needs label, "
+        f"and text or messages). Say which is which, such as data.columns: {{{listed}}}."
+    )
+
+
 def _name(place: str, label: Any) -> str:
     """A label as text.
 
@@ -73,4 +126,4 @@ def _name(place: str, label: Any) -> str:
     raise RowError(place, "a label: text, a whole number, or true or false", label)
 
 
-__all__ = ["Classification", "LabelledRow"]
+__all__ = ["Classification", "LabelledRow", "detect_labelled"]

@@ -95,6 +95,8 @@ class Pairs(PreferenceFormat):
     def __call__(self, row: Mapping[str, Any]) -> Comparison:
         answers = [_answer(row, "chosen"), _answer(row, "rejected")]
         prompt = self._prompt(row)
+        for column, answer in zip(("chosen", "rejected"), answers, strict=True):
+            _check_end(column, answer)
         whole = [not isinstance(a, str) and a[0].role in ("system", "user") for a in answers]
         if whole[0] != whole[1]:
             raise RowError("rejected", "an answer of the same shape as chosen", row.get("rejected"))
@@ -132,6 +134,8 @@ class Ranking(PreferenceFormat):
         if not isinstance(given, list | tuple) or len(given) < 2:
             raise RowError("answers", "a list of at least two answers", given)
         answers = [_answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(given)]
+        for place, answer in enumerate(answers):
+            _check_end(f"answers[{place}]", answer)
         prompt = self._prompt(row)
         if prompt is None:
             raise RowError("prompt", "text or a list of messages", None)
@@ -163,11 +167,15 @@ class Labelled(PreferenceFormat):
         prompt = self._prompt(row)
         if row.get("completion") is not None:
             answer = _answer(row, "completion")
+            _check_end("completion", answer)
             if prompt is None:
                 raise RowError("prompt", "text or a list of messages", None)
         elif isinstance(prompt, tuple) and prompt[-1].role == "assistant":
             prompt, answer = prompt[:-1], prompt[-1:]
         else:
+            for column in ("conversations", "messages"):
+                if row.get(column) is not None and isinstance(prompt, tuple):
+                    _check_end(column, prompt)
             raise RowError("completion", _ANSWER, row.get("completion"))
         return _comparison(prompt, [answer], (1.0 if label else 0.0,), row)
 
@@ -209,6 +217,12 @@ def _turns(column: str, turns: Any) -> tuple[Message, ...]:
     return turns_of({column: turns}, column)
 
 
+def _check_end(column: str, answer: Answer) -> None:
+    """Refuses messages that do not end in an assistant's turn."""
+    if not isinstance(answer, str) and answer[-1].role != "assistant":
+        raise RowError(column, "messages that end in an answer", [turn.role for turn in answer])
+
+
 def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...], row: Mapping[str, Any]) -> Comparison:
     """Answers with their prompt before each."""
     weight = weight_of(row)
@@ -224,8 +238,6 @@ def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...]
     whole = []
     for answer in answers:
         turns = (Message("assistant", answer),) if isinstance(answer, str) else answer
-        if turns[-1].role != "assistant":
-            raise RowError("chosen", "messages that end in an answer", [m.role for m in turns])
         if not turns[-1].content.strip() and not (turns[-1].more or {}).get("tool_calls"):
             turns = ()
         whole.append(Conversation((*given, *turns), tools, given=len(given)))
