@@ -89,7 +89,10 @@ class ClassificationData(SFTData):
         found = sorted(self.counts, key=_by_number)
         self.labels = self.given_labels or found
         if unknown := [label for label in found if label not in self.labels]:
-            raise DataError(f"data.train has the label {unknown[0]!r}, which is not in data.labels.")
+            raise DataError(
+                f"data.train has the label {unknown[0]!r}, which is not in data.labels ({', '.join(self.labels[:8])}); "
+                "name all of them, or leave data.labels out."
+            )
         if len(self.labels) < 2 and not self.multi_label:
             raise DataError(f"data.train has one label for all rows ({', '.join(found)}); at least two are needed.")
 
