@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ftlit.testing import FAMILIES
 
-from .ranks_worker import train
+from .ranks_worker import train, train_reward
 
 
 def run(args, cwd, status=0):
@@ -43,11 +43,11 @@ def on_two_ranks(jobs, folder):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-def assert_alike(ours, theirs, weights, metrics):
+def assert_alike(ours, theirs, weights, metrics, steps=10):
     assert ours["weights"].keys() == theirs["weights"].keys()
     for name, tensor in theirs["weights"].items():
         torch.testing.assert_close(ours["weights"][name], tensor, rtol=0, atol=weights, msg=name)
-    assert len(ours["steps"]) == len(theirs["steps"]) == 10
+    assert len(ours["steps"]) == len(theirs["steps"]) == steps
     for first, second in zip(ours["steps"], theirs["steps"], strict=True):
         assert first == pytest.approx(second, rel=metrics, abs=metrics)
 
@@ -87,6 +87,21 @@ def test_sharded_equals_one_rank(tmp_path):
         reference = train(**{**job, "batch_size": 8})
         for first, second in zip(result["steps"], reference["steps"], strict=True):
             assert first["loss"] == pytest.approx(second["loss"], rel=2e-2)
+
+
+def test_a_sharded_reward_model_equals_one_rank(tmp_path, monkeypatch):
+    """Trunk and new head, with every strategy; rows end to end and held out, uneven over the ranks."""
+    jobs = [{"method": method} for method in ("LoRA", "Full", "PrefixTuning", "PromptTuning")]
+    two = {"reward": True, "strategy": "fsdp", "batch_size": 4}
+    results = on_two_ranks([*({**job, **two} for job in jobs), {**jobs[0], **two, "max_tokens": 11}], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for result, job in zip(results, [*jobs, jobs[0]], strict=True):
+        reference = train_reward(**job)
+        assert "policy.lm.score.weight" in reference["weights"]
+        assert reference["val/loss"] < reference["steps"][0]["loss"] - 1e-2
+        assert_alike(result, reference, weights=2e-6, metrics=2e-5, steps=6)
+        for name in ("val/loss", "val/accuracy", "val/accuracy_low", "val/margin", "val/calibration_error"):
+            assert result[name] == pytest.approx(reference[name], abs=2e-5), name
 
 
 def test_every_family_on_two_ranks(tmp_path):
