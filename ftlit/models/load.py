@@ -58,7 +58,15 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     from transformers import AutoModelForCausalLM
 
     with _explained(name):
-        lm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"model {name!r} is no whole language model: its checkpoint lacks {missing[0]}{more}, which would be drawn "
+            "at random; give the language model that it was made from."
+        )
     prepare(lm)
     return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
 

@@ -6,6 +6,7 @@ import torch
 from ftlit.errors import ConfigError
 from ftlit.models import load
 from ftlit.models.load import load_lm, load_tokenizer, resolve
+from ftlit.testing import tiny_lm
 
 
 def test_a_loaded_model_is_in_training_mode_and_float32(tiny_model_folder):
@@ -41,6 +42,16 @@ def test_names_that_cannot_be_models(tmp_path, name, says):
     with pytest.raises(ConfigError) as error:
         resolve(str(places.get(name, name)))
     assert says in str(error.value)
+
+
+def test_a_checkpoint_without_an_output_layer_is_refused(tmp_path):
+    """Transformers would draw one at random."""
+    lm = tiny_lm("llama_untied")
+    lm.base_model.save_pretrained(tmp_path / "trunk")
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks lm_head.weight, which would be drawn at random"):
+        load_lm(str(tmp_path / "trunk"))
+    tiny_lm("llama").base_model.save_pretrained(tmp_path / "tied")
+    assert load_lm(str(tmp_path / "tied")).lm_head.weight is not None
 
 
 def test_hub_ids_are_left_to_the_hub():
