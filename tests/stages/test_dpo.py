@@ -284,7 +284,7 @@ def test_cached_scores_train_the_same(make, cache, monkeypatch):
     assert [step["train/loss"] for step in second.steps] == [step["train/loss"] for step in record.steps]
 
 
-@pytest.mark.parametrize("change", ["weights", "tokens", "mask", "torn"])
+@pytest.mark.parametrize("change", ["weights", "config", "tokens", "mask", "torn"])
 def test_stale_scores_are_never_used(change, cache):
     fit(cache_reference=True, trainer={"max_steps": 1})
     (file,) = cache.glob("*.npy")
@@ -292,6 +292,8 @@ def test_stale_scores_are_never_used(change, cache):
     if change == "weights":
         with torch.no_grad():
             next(iter(lm.parameters()))[7, 3] += 0.5
+    elif change == "config":
+        lm = tiny_lm("llama", torch.float64, rms_norm_eps=0.5)
     elif change == "tokens":
         comparisons.pieces.ids[0] += 1
     elif change == "mask":
