@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ftlit.data.datamodules import SFTData, shortened
 from ftlit.data.formats.base import RowFormat, show
-from ftlit.data.formats.classification import LabelledRow, detect_labelled
+from ftlit.data.formats.classification import LabelledRow, detect_labelled, name_of
 from ftlit.data.labels import LabelledEvalLoader, LabelledExamples, LabelledStepLoader, LabelTemplate, cut
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.data.sources import Source
@@ -42,7 +42,7 @@ class ClassificationData(SFTData):
     step_loader: ClassVar[type[StepLoader]] = LabelledStepLoader
     eval_loader: ClassVar[type[EvalLoader]] = LabelledEvalLoader
 
-    def __init__(self, *args: Any, labels: list[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, labels: list[str | int | bool] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, is_set in (
             ("train_on", self.train_on != "assistant"),
@@ -51,9 +51,10 @@ class ClassificationData(SFTData):
         ):
             if is_set:
                 raise ConfigError(f"data.{name} is about answers, and labelled rows have none; leave it out.")
-        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
-            raise ConfigError(f"data.labels needs at least two different labels, got {', '.join(labels) or 'none'}.")
-        self.given_labels = [str(label) for label in labels] if labels is not None else None
+        given = [name_of("data.labels", label) for label in labels or ()]
+        if labels is not None and (len(given) < 2 or len(set(given)) < len(given)):
+            raise ConfigError(f"data.labels needs at least two different labels, got {', '.join(given) or 'none'}.")
+        self.given_labels = given if labels is not None else None
         self.labels: list[str] = []
         self.multi_label = False
         self.counts: Counter[str] = Counter()

@@ -106,6 +106,7 @@ def test_several_labels_are_a_row_of_ones(tmp_path):
 def test_numbers_are_in_their_order_and_given_labels_win(tmp_path):
     path = write(tmp_path / "r.jsonl", [{"text": "x", "label": n} for n in (10, 9, 2)])
     assert loaded(path).labels == ["2", "9", "10"]
+    assert loaded(path, labels=[10, 2, 9, True]).labels == ["10", "2", "9", "true"]
     assert loaded(path, labels=["10", "2", "9", "1"]).sets["train"].labels.tolist() == [0, 2, 1]
 
 

@@ -12,6 +12,7 @@ from ftlit.testing import RowFormatSuite
 
 USER, YES, NO = Message("user", "Hi?"), Message("assistant", "Yes."), Message("assistant", "No.")
 SYSTEM = Message("system", "Be kind.")
+KIND = Message("system", "Be kind.")
 PAIR = Comparison((Conversation((USER, YES), given=1), Conversation((USER, NO), given=1)), (1.0, 0.0))
 
 
@@ -63,6 +64,10 @@ class TestPairs(RowFormatSuite):
         ({"chosen": "Human: Hi? Assistant: unbelievable", "rejected": "Human: Hi? Assistant: unbelievably"},
          Comparison((Completion("Human: Hi? Assistant:", " unbelievable"),
                      Completion("Human: Hi? Assistant:", " unbelievably")), (1.0, 0.0))),
+        # A system column makes turns of texts.
+        ({"prompt": "Hi?", "system": "Be kind.", "chosen": "Yes.", "rejected": "No."},
+         Comparison((Conversation((KIND, USER, YES), given=2), Conversation((KIND, USER, NO), given=2)), (1.0, 0.0))),
+        ({"prompt": "Hi?", "system": "", "chosen": "Yes.", "rejected": "No."}, PAIR),
         # Empty answers are read here, and counted where rows are tokenized.
         ({"prompt": "2+2=", "chosen": "4", "rejected": " "},
          Comparison((Completion("2+2=", "4"), Completion("2+2=", "")), (1.0, 0.0))),

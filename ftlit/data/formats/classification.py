@@ -81,9 +81,9 @@ class Classification(RowFormat):
             content = Text(text_of(row, "text"))
         label = row.get("label")
         several = isinstance(label, list | tuple)
-        names = [_name(f"label[{i}]", one) for i, one in enumerate(label)] if several else []  # type: ignore[arg-type]
+        names = [name_of(f"label[{i}]", one) for i, one in enumerate(label)] if several else []  # type: ignore[arg-type]
         if not several and (self.labelled or label is not None):
-            names = [_name("label", label)]
+            names = [name_of("label", label)]
         return LabelledRow(content, tuple(dict.fromkeys(names)), several, weight_of(row))
 
 
@@ -111,8 +111,12 @@ def detect_labelled(columns: Iterable[str], where: str) -> Classification:
     )
 
 
-def _name(place: str, label: Any) -> str:
+def name_of(place: str, label: Any) -> str:
     """A label as text.
+
+    Args:
+        place: What to call it in an error.
+        label: As a row or a config has it.
 
     Raises:
         RowError: If it is none.
@@ -126,4 +130,4 @@ def _name(place: str, label: Any) -> str:
     raise RowError(place, "a label: text, a whole number, or true or false", label)
 
 
-__all__ = ["Classification", "LabelledRow", "detect_labelled"]
+__all__ = ["Classification", "LabelledRow", "detect_labelled", "name_of"]

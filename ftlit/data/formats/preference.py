@@ -35,7 +35,8 @@ class PreferenceFormat(RowFormat):
 
     The prompt is a `prompt` (text, or a list of messages), a list of `messages` or ShareGPT `conversations`, or an
     Alpaca `instruction` with its `input`; `system`, `tools` and `weight` columns are optional. Between texts nothing is
-    put, as `PromptCompletion` does it; everything else goes through the chat template.
+    put, as `PromptCompletion` does it, unless there is a `system` column; everything else goes through the chat
+    template.
     """
 
     optional: ClassVar[tuple[str, ...]] = (*_PROMPTS, "input", "system", "tools", "weight")
@@ -70,7 +71,10 @@ class PreferenceFormat(RowFormat):
         elif isinstance(row.get("prompt"), list | tuple):
             turns = turns_of(row, "prompt")
         elif row.get("prompt") is not None:
-            return text_of(row, "prompt")
+            text = text_of(row, "prompt")
+            if "system" not in row:
+                return text
+            turns = (Message("user", text),)
         else:
             return None
         return _with_system(turns, row)
@@ -271,7 +275,11 @@ def _shared_words(first: str, second: str) -> tuple[str, list[Answer]]:
     while shared and first[shared - 1].isspace():
         shared -= 1
     if not first[:shared].strip():
-        raise RowError("prompt", "text, where chosen and rejected do not begin alike", None)
+        raise RowError(
+            "prompt",
+            "text (in data.columns say which column has it), where chosen and rejected do not begin alike",
+            None,
+        )
     rest = [text[shared:] for text in (first, second)]
     return first[:shared], [text if text.strip() else "" for text in rest]
 
