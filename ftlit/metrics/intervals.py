@@ -29,28 +29,34 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return 0.0 if successes == 0 else centre - half, 1.0 if successes == count else centre + half
 
 
-def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] | None = None, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron 1979, doi:10.1214/aos/1176344552); the same for the same values.
 
     Args:
         values: One value a row, at least one.
+        weights: Weight of each row in the mean; all alike when left out.
         resamples: How many times the rows are drawn anew.
         seed: Seed of the draws; the global generator is not used.
     """
     sample = torch.tensor(values, dtype=torch.float64)
+    shares = torch.ones_like(sample) if weights is None else torch.tensor(weights, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [sample[torch.randint(len(sample), (len(sample),), generator=generator)].mean() for _ in range(resamples)]
-    )
+    drawn = [torch.randint(len(sample), (len(sample),), generator=generator) for _ in range(resamples)]
+    means = torch.stack([(sample[rows] * shares[rows]).sum() / shares[rows].sum() for rows in drawn])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """`wilson` where every value is 0 or 1, else `bootstrap`; not a number without values."""
+def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """`wilson` where every value is 0 or 1 and all rows count alike, else `bootstrap`; not a number without values."""
     if not values:
         return math.nan, math.nan
-    return wilson(sum(values), len(values)) if all(value in (0.0, 1.0) for value in values) else bootstrap(values)
+    alike = weights is None or len(set(weights)) == 1
+    if alike and all(value in (0.0, 1.0) for value in values):
+        return wilson(sum(values), len(values))
+    return bootstrap(values, weights)
 
 
 __all__ = ["bootstrap", "interval", "wilson"]

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from ftlit.metrics.calibration import calibration_error
 from ftlit.metrics.intervals import interval
+from ftlit.metrics.sums import joined
 
 
 class RankingMetric(Metric):
@@ -56,7 +57,7 @@ class RankingMetric(Metric):
             whose better answer has the strictly higher reward, with the ends of its 95 % interval over the rows.
         """
         names = ("better", "worse", "losses", "weights", "rows")
-        better, worse, losses, weights, rows = (_joined(getattr(self, name)) for name in names)
+        better, worse, losses, weights, rows = (joined(getattr(self, name)) for name in names)
         self.all_differences = (better - worse).cpu()
         numbers, places = rows.unique(return_inverse=True)
         hits = torch.zeros(len(numbers), dtype=torch.float64, device=rows.device)
@@ -73,11 +74,6 @@ class RankingMetric(Metric):
             "calibration_error": calibration_error(self.all_differences),
         }
         return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
-
-
-def _joined(parts: Any) -> Tensor:
-    """A list of tensors, or what the ranks made of it."""
-    return parts if isinstance(parts, Tensor) else torch.cat(list(parts))
 
 
 __all__ = ["RankingMetric"]

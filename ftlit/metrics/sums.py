@@ -42,4 +42,11 @@ class Sums(Metric):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
-__all__ = ["Sums"]
+def joined(parts: Any) -> Tensor:
+    """A metric's list of tensors, or what the ranks made of it, as one tensor; empty where nothing was added."""
+    if isinstance(parts, Tensor):
+        return parts
+    return torch.cat(list(parts)) if parts else torch.zeros(0)
+
+
+__all__ = ["Sums", "joined"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ftlit.batch import PackedBatch, Segments, StepTotals
 from ftlit.data.comparisons import Comparisons
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
-from ftlit.metrics.sums import Sums
+from ftlit.metrics.pairs import PairMetric
 from ftlit.objectives.preference import PreferenceLoss, PreferenceScores
 from ftlit.objectives.preference_sums import loss_of
 from ftlit.objectives.scores import TokenScores
@@ -27,6 +27,19 @@ SUMS = (
 )
 
 
+class _Measured(NamedTuple):
+    """Of one micro-batch: the loss, sums over its pairs, and of each pair margin, weight and row.
+
+    The weight is 0 where a pair has one answer only.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    margins: Tensor
+    weights: Tensor
+    rows: Tensor
+
+
 class DPO(ValidatedStage):
     """Trains a model on which of two answers to a prompt is the better one.
 
@@ -39,7 +52,7 @@ class DPO(ValidatedStage):
     `rewards/rejected` (`beta` times the log-ratio; see the loss), `rewards/margins`, `rewards/accuracies` (share of
     pairs whose better answer has the strictly higher reward), `logps/chosen`, `logps/rejected` (nats an answer),
     `lengths/chosen`, `lengths/rejected` (trained tokens an answer); and `train/kl` where the loss has a reference
-    point.
+    point. In validation also the ends of 95 % intervals over the rows, `val/rewards/margins_low` and so on.
 
     Args:
         args: Arguments of every stage.
@@ -139,17 +152,21 @@ class DPO(ValidatedStage):
 
     def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Weighted sum of the losses of the pairs."""
-        return self._measured(batch, scores, "train")
+        found = self._measured(batch, scores, "train")
+        return MicroLoss(found.loss, found.sums)
 
-    def _measured(self, batch: PackedBatch, scores: TokenScores, rows: str) -> MicroLoss:
+    def _measured(self, batch: PackedBatch, scores: TokenScores, rows: str) -> _Measured:
         kl = self._reference_point(batch) if self.loss.needs_kl else None
         answers = preference_scores(batch, scores, self.reference(batch, rows), kl)
         weights = torch.tensor([pair.weight for pair in batch.pairs], dtype=torch.float64, device=scores.logps.device)
-        losses = self.loss(answers)
-        sums = pair_sums(answers, losses.detach(), self.loss.rewards(answers).detach(), weights)
+        losses, rewards = self.loss(answers), self.loss.rewards(answers).detach()
+        sums = pair_sums(answers, losses.detach(), rewards, weights)
         if kl is not None:
             sums["kl"] = kl * weights.sum()
-        return MicroLoss((losses * weights).sum(), sums)
+        both = weights * answers.has_chosen * answers.has_rejected
+        owners = torch.tensor([batch.examples[pair.better] for pair in batch.pairs], device=both.device)
+        margins = answers.better(rewards) - answers.worse(rewards)
+        return _Measured((losses * weights).sum(), sums, margins, both, owners)
 
     @torch.no_grad()
     def _reference_point(self, batch: PackedBatch) -> Tensor:
@@ -170,13 +187,14 @@ class DPO(ValidatedStage):
         return summary(means)
 
     @override
-    def new_metric(self) -> Sums:
-        return Sums((*SUMS, "kl") if self.loss.needs_kl else SUMS, summary)
+    def new_metric(self) -> PairMetric:
+        return PairMetric((*SUMS, "kl") if self.loss.needs_kl else SUMS, summary)
 
     @override
     def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
         assert self.policy is not None
-        metric.update(self._measured(batch, self.policy(batch, watch=self.watch), rows).sums)
+        found = self._measured(batch, self.policy(batch, watch=self.watch), rows)
+        metric.add(found.sums, found.margins, found.weights, found.rows)
 
 
 def preference_scores(

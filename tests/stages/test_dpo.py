@@ -182,7 +182,14 @@ def test_metrics_are_means_over_pairs_by_weight():
         "val/rewards/margins": means["m"], "val/rewards/accuracies": means["acc"], "val/logps/chosen": means["lc"],
         "val/logps/rejected": means["lr"], "val/lengths/chosen": means["nc"], "val/lengths/rejected": means["nr"],
     }  # fmt: skip
-    assert stage.last_metrics == pytest.approx(expected, rel=1e-9)
+    found = dict(stage.last_metrics)
+    ends = {name: [found.pop(f"val/rewards/{name}_{end}") for end in ("low", "high")] for name in _BOUNDED}
+    assert found == pytest.approx(expected, rel=1e-9)
+    for name, (low, high) in ends.items():
+        assert low <= expected[f"val/rewards/{name}"] <= high
+
+
+_BOUNDED = ("margins", "accuracies")
 
 
 EVERY = [*sorted(NAMES), "wpo", "desensitized", "mpo", "forward_kl"]
