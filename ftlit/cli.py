@@ -321,6 +321,15 @@ def _torch_first(args: list[str]) -> list[str]:
     return named
 
 
+def _leave_group() -> None:
+    """Ends what ranks talk through; Lightning does so for NCCL only.
+
+    The threads of another kind can abort a process that ends with them, and then Lightning kills the other ranks.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run(args: list[str]) -> int:
     """Runs a training verb.
 
@@ -354,7 +363,9 @@ def run(args: list[str]) -> int:
                     **{verb: dict(options) for verb in CLI.subcommands()},
                 },
             )
+        _leave_group()
     except SIGTERMException:
+        _leave_group()
         return exit_status(StopRequest.last)
     except (MisconfigurationException, FloatingPointError) as error:
         raise ConfigError(" ".join(str(error).split())) from error

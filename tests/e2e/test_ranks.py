@@ -138,6 +138,18 @@ def test_two_ranks_equal_one(fit_args, tmp_path):
     assert (tmp_path / "two/adapter/last/adapter_model.safetensors").exists()
 
 
+def test_a_run_leaves_its_group(ftlit, fit_args, tmp_path):
+    """Its threads could abort a rank that ends, and the others would be killed."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0,
+                                         world_size=1)  # fmt: skip
+    try:
+        assert ftlit(*fit_args, "--run", "r", "--trainer.max_steps", "1") == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_a_sharded_model_answers(fit_args, rows, tmp_path):
     """GenerationEval and predict under FSDP2 give the answers of one rank; three questions for two ranks."""
     more = ["--trainer.callbacks+=GenerationEval", "--trainer.callbacks.max_new_tokens=6"]
