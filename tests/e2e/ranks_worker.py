@@ -152,3 +152,4 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[2])
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads can abort a process that ends with them
