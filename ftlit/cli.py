@@ -298,6 +298,7 @@ def _quiet() -> None:
         "ModelCheckpoint",
         "`isinstance\\(treespec",
         "callbacks used to create the checkpoint",
+        "across ranks is zero",  # a run without validation
     ):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
     warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning, message=".*checkpoint directory.*")
@@ -318,6 +319,15 @@ def _torch_first(args: list[str]) -> list[str]:
             continue
         named.append(f"{front}{home.__name__}.{value}" if value.isidentifier() and hasattr(home, value) else arg)
     return named
+
+
+def _leave_group() -> None:
+    """Ends what ranks talk through; Lightning does so for NCCL only.
+
+    The threads of another kind can abort a process that ends with them, and then Lightning kills the other ranks.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run(args: list[str]) -> int:
@@ -353,7 +363,9 @@ def run(args: list[str]) -> int:
                     **{verb: dict(options) for verb in CLI.subcommands()},
                 },
             )
+        _leave_group()
     except SIGTERMException:
+        _leave_group()
         return exit_status(StopRequest.last)
     except (MisconfigurationException, FloatingPointError) as error:
         raise ConfigError(" ".join(str(error).split())) from error

@@ -46,6 +46,16 @@ def _share(text: str) -> float:
     return value
 
 
+def _device(text: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; give cpu or cuda") from None
+    return text
+
+
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
     parser.add_argument("--base", help="base model of a run or an adapter, where not the one it names")
@@ -269,6 +279,7 @@ def _score(args: list[str]) -> int:
         "--truncate", choices=["start", "end"], default="start", help="what a longer row loses (default: start)"
     )
     parser.add_argument("--max_tokens", type=_count, default=4096, help="most tokens of a batch (default: 4096)")
+    parser.add_argument("--device", type=_device, default="cpu", help="where the model runs: cpu (default) or cuda")
     options = parser.parse_args(args)
     from ftlit.export.rating import contents_of, rate
     from ftlit.export.scorer import SequenceScorer, open_classifier
@@ -277,6 +288,7 @@ def _score(args: list[str]) -> int:
     _quiet()
     opened = open_classifier(options.model, options.base, options.which)
     scorer = SequenceScorer(opened, options.max_length, options.truncate, options.max_tokens)
+    scorer.lm.to(options.device)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else sys.stdout
         for line in rate(scorer, contents, opened.system):

@@ -24,7 +24,10 @@ class World:
         self.fit += ["--model.policy", model, "--trainer.max_steps", "1"]
         turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
         self.good = json.dumps({"messages": turns})
-        self.dpo = [option if option != "sft" else "dpo" for option in self.fit]
+        self.dpo, self.reward, self.classification = (
+            [option if option != "sft" else stage for option in self.fit]
+            for stage in ("dpo", "reward", "classification")
+        )
         self.rows = self.write("good.jsonl", f"{self.good}\n" * 4)
 
     def write(self, name: str, text: str | bytes) -> str:
@@ -60,6 +63,12 @@ class World:
         """DPO on a pair with some columns changed; null leaves the prompt out."""
         row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", **columns}
         return self.pairs({key: value for key, value in row.items() if key != "prompt" or value is not None})
+
+    def labels(self, *rows: dict[str, object], **columns: object) -> list[str]:
+        """Classification of two good rows and then some others, or of one with some columns changed."""
+        good = [{"text": "Fine.", "label": "good"}, {"text": "Awful.", "label": "bad"}]
+        text = "".join(json.dumps(row) + "\n" for row in [*good, *(rows or [{**good[0], **columns}])])
+        return [*self.classification, "--data.train", self.write("labels.jsonl", text)]
 
     def messages(self, *turns: dict[str, object]) -> list[str]:
         """A run on a good row and then another conversation."""
@@ -120,6 +129,18 @@ simple(
     misspelt_argument_of_a_class=lambda w: w.on("--model.peft.rnak", "4"),
     misspelt_loss=lambda w: [*w.pair(), "--model.loss", "sigmod"],
     cache_of_no_reference=lambda w: [*w.pair(), "--model.loss", "simpo", "--model.cache_reference", "true"],
+    loss_as_another_framework_calls_it=lambda w: [*w.pair(), "--loss_type", "ipo"],
+    beta_of_no_loss=lambda w: [*w.pair(), "--model.beta", "0.1"],
+    model_as_reference=lambda w: [*w.pair(), "--ref_model", "other"],
+    prompts_of_a_length_of_their_own=lambda w: [*w.pair(), "--data.max_prompt_length", "512"],
+    misspelt_loss_in_a_sum=lambda w: [*w.pair(), "--model.loss", "[sigmoid, stf]"],
+    loss_of_a_reward_model=lambda w: [*w.reward, *w.pair()[-2:], "--model.loss", "sigmoid"],
+    replay_for_a_reward_model=lambda w: [*w.reward, *w.pair()[-2:], "--config", "forgetting/replay"],
+    number_of_labels=lambda w: [*w.labels(), "--num_labels", "2"],
+    class_weight_of_an_unknown_label=lambda w: [*w.labels(), "--model.class_weights", "{god: 2}"],
+    labels_that_leave_one_out=lambda w: [*w.labels(), "--data.labels", "[good, neutral]"],
+    scores_of_a_language_model=lambda w: ["score", w.model, "--rows", w.rows],
+    scores_of_nothing=lambda w: ["score", w.model, "--rows", w.write("rows.jsonl", '{"Frage": "Hi?"}\n')],
     misspelt_class=lambda w: w.on("--model.peft", "Lora2"),
     class_that_its_file_lacks=lambda w: w.own("class BitFit: pass", "own1.Bitfit"),
     class_of_another_kind=lambda w: w.own("class BitFit: pass", "own2.BitFit"),
@@ -150,6 +171,26 @@ simple(
     LoRA_larger_than_the_layer=lambda w: w.on("--model.peft.rank", "1000"),
     LoRA_dropout_of_2=lambda w: w.on("--model.peft.dropout", "2"),
     LoRA_on_layers_that_are_not_there=lambda w: w.on("--model.peft.target_modules", "[q_prj]"),
+    beta_of_0=lambda w: [*w.pair(), "--model.loss.beta", "0"],
+    half_of_the_labels_wrong=lambda w: [*w.pair(), "--model.loss.label_smoothing", "0.5"],
+    KTO_on_single_rows=lambda w: [*w.pair(), "--model.loss", "kto", "--data.batch_size", "1"],
+    sum_of_losses_without_a_weight_each=lambda w: [
+        *w.pair(),
+        "--model.loss",
+        "WeightedSum",
+        "--model.loss.losses",
+        "[sigmoid, sft]",
+        "--model.loss.weights",
+        "[1]",
+    ],
+    centring_below_0=lambda w: [
+        *w.reward,
+        *w.pair()[-2:],
+        "--model.objective",
+        "BradleyTerry",
+        "--model.objective.center",
+        "-1",
+    ],
     no_virtual_tokens=lambda w: w.on("--model.peft", "PromptTuning", "--model.peft.num_virtual_tokens", "0"),
     validation_share_of_2=lambda w: w.on("--data.validation", "2.0"),
     checkpoint_every_0_steps=lambda w: w.on("--trainer.callbacks.every_n_steps", "0"),
@@ -163,6 +204,16 @@ simple(
 @mistake("model")
 def missing_model_folder(w: World) -> list[str]:
     return w.on("--model.policy", "./models/llama")
+
+
+@mistake("model")
+def run_as_a_model(w: World) -> list[str]:
+    return [*w.pair(), "--model.policy", w.run().name]
+
+
+@mistake("model")
+def adapter_as_a_model(w: World) -> list[str]:
+    return [*w.pair(), "--model.policy", w.adapter().name]
 
 
 @mistake("model")
@@ -396,6 +447,31 @@ simple(
     labels_for_a_loss_of_pairs=lambda w: w.pairs({"prompt": "Hi?", "completion": "Yes.", "label": True}),
     ranking_of_one=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes."]}),
     scores_that_are_too_few=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", "No."], "scores": [1]}),
+    answer_that_ends_in_a_question=lambda w: w.pair(rejected=[answer(), user("No?")]),
+    prompt_that_ends_in_an_answer=lambda w: w.pair(prompt=[user(), answer()]),
+    weight_that_is_no_number=lambda w: w.pair(weight="much"),
+    pair_without_a_prompt=lambda w: w.pair(prompt=None, chosen=answer(), rejected=answer("No.")),
+    pairs_under_other_names=lambda w: w.pairs({"prompt": "Hi?", "better": "Yes.", "worse": "No."}),
+    pairs_that_lost_their_difference=lambda w: [
+        *w.pair(chosen="Yes. " * 9 + "Bye.", rejected="Yes. " * 9 + "Ho."), "--data.max_length", "12"],
+    label_that_is_missing=lambda w: w.pairs({"prompt": "Hi?", "completion": "Yes.", "label": None}),
+    label_of_a_question=lambda w: w.pairs({"messages": [user()], "label": True}),
+    ranking_with_a_null=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", None]}),
+    ranking_by_words=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", "No."], "scores": ["good", "bad"]}),
+    ranking_of_equals=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", "No."], "scores": [1, 1]}),
+    labels_for_a_reward_model=lambda w: [
+        *w.reward, *w.pairs({"prompt": "Hi?", "completion": "Yes.", "label": True})[-2:]],
+    class_that_is_missing=lambda w: w.labels(label=None),
+    class_that_is_no_whole_number=lambda w: w.labels(label=0.5),
+    class_of_nothing=lambda w: w.labels(text=" "),
+    classes_under_other_names=lambda w: [
+        *w.classification, "--data.train", w.write("r.jsonl", '{"review": "Fine.", "sentiment": "good"}\n')],
+    one_class_for_all=lambda w: [
+        *w.classification, "--data.train", w.write("r.jsonl", '{"text": "Fine.", "label": "good"}\n')],
+    class_that_training_lacks=lambda w: [
+        *w.labels(), "--data.validation", w.write("v.jsonl", '{"text": "Hm.", "label": "so-so"}\n')],
+    several_classes_where_training_has_one=lambda w: [
+        *w.labels(), "--data.validation", w.write("v.jsonl", '{"text": "Hm.", "label": ["good", "bad"]}\n')],
     conversations_for_DPO=lambda w: [*w.dpo, "--data.train", w.rows],
     pairs_for_SFT=lambda w: [*w.fit, "--data.train", w.pairs({})[-1], "--data.format", "Pairs"],
 )  # fmt: skip

@@ -374,3 +374,16 @@ def test_a_run_without_a_policy_is_told_so(fit):
 )
 def test_nearest_name_is_suggested_or_names_are_listed(word, known, expected):
     assert nearest(word, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("pref_loss", "ftlit calls it model.loss."),
+        ("precompute_ref_log_probs", "ftlit calls it model.cache_reference."),
+        ("ref_model", "the reference is the model at the start of the run; leave it out."),
+        ("id2label", "the labels are those of the rows, or data.labels; leave it out."),
+    ],
+)
+def test_words_of_other_programs_for_preferences_and_labels(word, said):
+    assert sentence(f"unrecognized arguments: --{word}=1", KEYS) == f"there is no option --{word}: {said}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.data.datamodules import SFTData, shortened
-from ftlit.data.formats.classification import Classification, LabelledRow
+from ftlit.data.formats.base import RowFormat, show
+from ftlit.data.formats.classification import LabelledRow, detect_labelled, name_of
 from ftlit.data.labels import LabelledEvalLoader, LabelledExamples, LabelledStepLoader, LabelTemplate, cut
 from ftlit.data.packing import EvalLoader, StepLoader
 from ftlit.data.sources import Source
@@ -41,7 +42,7 @@ class ClassificationData(SFTData):
     step_loader: ClassVar[type[StepLoader]] = LabelledStepLoader
     eval_loader: ClassVar[type[EvalLoader]] = LabelledEvalLoader
 
-    def __init__(self, *args: Any, labels: list[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, labels: list[str | int | bool] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, is_set in (
             ("train_on", self.train_on != "assistant"),
@@ -50,15 +51,14 @@ class ClassificationData(SFTData):
         ):
             if is_set:
                 raise ConfigError(f"data.{name} is about answers, and labelled rows have none; leave it out.")
-        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
-            raise ConfigError(f"data.labels needs at least two different labels, got {', '.join(labels) or 'none'}.")
-        self.row_format = self.row_format or Classification()
-        self.given_labels = [str(label) for label in labels] if labels is not None else None
+        given = [name_of("data.labels", label) for label in labels or ()]
+        if labels is not None and (len(given) < 2 or len(set(given)) < len(given)):
+            raise ConfigError(f"data.labels needs at least two different labels, got {', '.join(given) or 'none'}.")
+        self.given_labels = given if labels is not None else None
         self.labels: list[str] = []
         self.multi_label = False
         self.counts: Counter[str] = Counter()
         self.num_rows = 0
-        self._of_rows: dict[str, list[tuple[str, ...] | None]] = {}
 
     @override
     def setup(self, stage: str) -> None:
@@ -77,42 +77,48 @@ class ClassificationData(SFTData):
     def _find_labels(self, sources: Sequence[Source]) -> None:
         """Reads the labels of the training rows and decides their order."""
         for source in sources:
-            for names in self._read(source):
-                self.counts.update(names or ())
-                self.num_rows += names is not None
-        found = sorted(self.counts, key=_by_number)
-        self.labels = self.given_labels or found
-        if unknown := [label for label in found if label not in self.labels]:
-            raise DataError(f"data.train has the label {unknown[0]!r}, which is not in data.labels.")
-        if len(self.labels) < 2 and not self.multi_label:
-            raise DataError(f"data.train has one label for all rows ({', '.join(found)}); at least two are needed.")
-
-    def _read(self, source: Source) -> list[tuple[str, ...] | None]:
-        """The labels of each row of a source; None where it cannot be read. Read once."""
-        if source.name not in self._of_rows:
-            rows: list[tuple[str, ...] | None] = []
             for row in range(len(source)):
                 try:
-                    record: Any = source.record(row)
+                    record = self._labelled(source, row)
                 except DataError:
                     if self.on_bad_row == "error":
                         raise
-                    rows.append(None)  # counted when the row is tokenized
-                    continue
-                if not isinstance(record, LabelledRow):
-                    raise ConfigError(f"data.format {type(source.row_format).__name__} reads no labels.")
+                    continue  # counted when the row is tokenized
                 self.multi_label = self.multi_label or record.several
-                rows.append(record.labels)
-            self._of_rows[source.name] = rows
-        return self._of_rows[source.name]
+                self.counts.update(record.labels)
+                self.num_rows += 1
+        found = sorted(self.counts, key=_by_number)
+        self.labels = self.given_labels or found
+        if unknown := [label for label in found if label not in self.labels]:
+            raise DataError(
+                f"data.train has the label {unknown[0]!r}, which is not in data.labels ({', '.join(self.labels[:8])}); "
+                "name all of them, or leave data.labels out."
+            )
+        if len(self.labels) < 2 and not self.multi_label:
+            raise DataError(f"data.train has one label for all rows ({', '.join(found)}); at least two are needed.")
+
+    @staticmethod
+    def _labelled(source: Source, row: int) -> LabelledRow:
+        record: Any = source.record(row)
+        if not isinstance(record, LabelledRow):
+            raise ConfigError(
+                f"{source.name}: {type(source.row_format).__name__} reads no labels; give rows with text and label, "
+                "such as a .jsonl or .csv file."
+            )
+        return record
 
     def _numbers(self, source: Source, rows: np.ndarray) -> Tensor:
         """The labels of some rows as numbers, `[N]` or `[N, L]`."""
-        names = self._read(source)
         numbers = {label: number for number, label in enumerate(self.labels)}
         table = torch.zeros(len(rows), len(self.labels), dtype=torch.int64)
         for place, row in enumerate(rows.tolist()):
-            for label in names[row] or ():
+            record = self._labelled(source, row)
+            if record.several and not self.multi_label:
+                raise DataError(
+                    f"{source.where(row)}: column 'label' must hold one label, as in the training rows, got "
+                    f"{show(list(record.labels))}."
+                )
+            for label in record.labels:
                 if label not in numbers:
                     raise DataError(
                         f"{source.where(row)}: the label {label!r} is not one of the training rows': "
@@ -122,6 +128,11 @@ class ClassificationData(SFTData):
         return table if self.multi_label else table.argmax(1)
 
     # ---- what SFTData leaves open ---------------------------------------------------------------------------------
+
+    @staticmethod
+    @override
+    def _choose(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
+        return detect_labelled(columns, where)
 
     @override
     def _changed(self, source: Source, record: Any) -> Any:

@@ -96,6 +96,11 @@ class Comparisons(Stored):
         """Whether an answer has no partner."""
         return bool((self.ends - self.firsts == 2).any())
 
+    def labelled(self) -> tuple[int, int]:
+        """How many answers without a partner are said to be good, and how many bad."""
+        grades = self.pieces.values[self.firsts[self.ends - self.firsts == 2] + 1]
+        return int((grades > 0).sum()), int((grades <= 0).sum())
+
     @property
     def has_margins(self) -> bool:
         """Whether a row says by how much its better answer is better."""

@@ -89,6 +89,9 @@ class PreferenceData(SFTData):
                 counts.drop(_DROPS[name], count)
             else:
                 counts.note(_NOTES[name], count)
+        good, bad = comparisons.labelled()
+        counts.note("labelled good", good)
+        counts.note("labelled bad", bad)
         return comparisons
 
     @override

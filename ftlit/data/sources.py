@@ -182,7 +182,7 @@ class Source:
     def _fits(self, table: Table) -> bool:
         """Whether a format reads the table without any renaming."""
         try:
-            detect(table.columns, table.name, answers=self.answers)
+            self.choose(table.columns, table.name, answers=self.answers)
         except DataError:
             return False
         return True

@@ -55,13 +55,23 @@ def contents_of(name: str) -> list[Rated]:
 
 
 def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowFormat:
-    """The format of rows to score; labels do not matter."""
+    """The format of rows to score; labels do not matter.
+
+    Raises:
+        DataError: If there is nothing that can be scored.
+    """
     have = set(columns)
     if {"chosen", "rejected"} <= have or "answers" in have:
         return detect_preference(columns, where)
     if have & {"text", "messages"}:
         return Classification(labelled=False)
-    return detect(columns, where, answers=answers)
+    try:
+        return detect(columns, where, answers=answers)
+    except DataError:
+        raise DataError(
+            f"{where}: columns {', '.join(sorted(have)) or '(none)'} hold nothing that can be scored; rename them to "
+            "messages, text, prompt and completion, prompt, chosen and rejected, or prompt and answers."
+        ) from None
 
 
 def _shown(content: Content) -> dict[str, Any]:

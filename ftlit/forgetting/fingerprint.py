@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ftlit.peft.base import PEFTStrategy
 
 _SAMPLED = 1024
+# Parts of a config that change no score.
+_NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,7 +28,8 @@ def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
     """Names the model as it was at the start of the run, whatever device it is on; all ranks must ask.
 
     Of every frozen tensor the sum of its bits and 1,024 entries spread over it are hashed: a change of any one entry
-    shows, and a model of seven billion weights takes a second. Trained parameters of an adapter do not count, because
+    shows, and a model of seven billion weights takes a second. The config counts too: other positions or norms make
+    another model of the same weights. Trained parameters of an adapter do not count, because
     the model at the start does without them.
 
     Args:
@@ -36,7 +40,9 @@ def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
         32 hexadecimal digits.
     """
     added = set() if strategy.trains_base else set(strategy.trained(lm))
+    settings = {key: value for key, value in lm.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.blake2b(type(lm).__name__.encode(), digest_size=16)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     with strategy.start(lm):
         for name, parameter in sorted(lm.named_parameters()):
             if name in added and parameter.requires_grad:

@@ -58,7 +58,15 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     from transformers import AutoModelForCausalLM
 
     with _explained(name):
-        lm = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"model {name!r} is no whole language model: its checkpoint lacks {missing[0]}{more}, which would be drawn "
+            "at random; give the language model that it was made from."
+        )
     prepare(lm)
     return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
 
@@ -228,7 +236,7 @@ def resolve(name: str) -> str:
             if len(files) > 1:
                 names = ", ".join(file.name for file in files[:4])
                 raise ConfigError(f"model folder {name} holds several GGUF files ({names}); name one of them.")
-            raise ConfigError(f"model folder {name} holds neither a config.json nor a GGUF file.")
+            raise ConfigError(f"model folder {name} {_instead(path, name)}.")
         return str(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -237,6 +245,18 @@ def resolve(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
         raise ConfigError(f"model {name} does not exist (looked in {Path.cwd()}).")
     return name
+
+
+def _instead(folder: Path, name: str) -> str:
+    """What a folder without a model is, and how one gets a model from it."""
+    if (folder / "config.yaml").is_file():
+        return f"is a run: make a model of it (ftlit export {name} --to MODEL) and give that"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "is an adapter: give its base model, and the adapter as --model.peft.from_adapter, or merge them "
+            f"(ftlit export {name} --to MODEL)"
+        )
+    return "holds neither a config.json nor a GGUF file"
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class MarginLoss(PreferenceLoss):
     def slope(self, ratios: Tensor) -> Tensor:
         """`f'(u)` from `log u`."""
         if self.divergence == "forward_kl":
-            return 1 - torch.exp(-ratios)
+            return 1 - torch.exp((-ratios).clamp(max=_LARGEST))
         if self.divergence == "js_divergence":
             return math.log(2) + F.logsigmoid(ratios)
         if self.divergence == "alpha_divergence" and abs(self.alpha - 1) > 1e-6:

@@ -13,6 +13,7 @@ from ftlit.objectives.preference import PreferenceLoss, PreferenceScores
 
 NAMES: Mapping[str, Callable[[], PreferenceLoss]] = {
     "sigmoid": dpo.Sigmoid,
+    "dpo": dpo.Sigmoid,
     "hinge": dpo.Hinge,
     "ipo": dpo.IPO,
     "exo_pair": dpo.EXO,
@@ -34,17 +35,19 @@ NAMES: Mapping[str, Callable[[], PreferenceLoss]] = {
     "cpo": reference_free.CPO,
     "slic": reference_free.SLiC,
 }
-"""What TRL calls a loss, where it is the same one; with the default settings of its class."""
+"""What TRL calls a loss, where it is the same one (and `dpo`); with the default settings of its class."""
 
 
-def loss_of(given: PreferenceLoss | str) -> PreferenceLoss:
-    """A loss, or the one of a name in `NAMES`.
+def loss_of(given: PreferenceLoss | Sequence[str] | str) -> PreferenceLoss:
+    """A loss, or the one of a name in `NAMES`, or the sum of those of several names.
 
     Raises:
         ConfigError: If there is none of that name.
     """
     if isinstance(given, PreferenceLoss):
         return given
+    if not isinstance(given, str):
+        return WeightedSum(list(given))
     if given not in NAMES:
         raise ConfigError(f"there is no preference loss {given!r}: {nearest(given, NAMES)}")
     return NAMES[given]()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
 from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim, move
+from ftlit.ranks import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,14 +60,26 @@ class Full(PEFTStrategy):
     @contextmanager
     def start(self, model: PreTrainedModel) -> Iterator[None]:
         start = self._remembered()
-        now = {name: parameter.data for name, parameter in model.named_parameters()}
+        now = dict(model.named_parameters())
+        shards = {name: _shard(p).clone() for name, p in now.items() if isinstance(p, DTensor)}
+        values = {name: p.data for name, p in now.items() if name not in shards}
         try:
-            for name, parameter in model.named_parameters():
-                parameter.data = start[name].to(parameter.device, parameter.dtype)
+            for name, parameter in now.items():
+                value = start[name].to(parameter.device, parameter.dtype)
+                if name in shards:  # in place: FSDP gathers from this memory
+                    _shard(parameter).copy_(_shard(value))
+                else:
+                    parameter.data = whole(value)
             yield
         finally:
+            for name, parameter in now.items():
+                if name in shards:
+                    _shard(parameter).copy_(shards[name])
+                else:
+                    parameter.data = values[name]
             for name, parameter in model.named_parameters():
-                parameter.data = now[name]
+                if name in shards and not isinstance(parameter, DTensor):  # gathered meanwhile, and left so
+                    parameter.data.copy_(whole(now[name].data))
 
     @override
     def not_between(self, model: PreTrainedModel) -> str | None:
@@ -79,6 +93,13 @@ class Full(PEFTStrategy):
 
     def merge(self, model: PreTrainedModel) -> None:
         """Nothing to fold: the weights are the result."""
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    assert isinstance(tensor, DTensor)
+    local: Tensor = tensor.to_local()
+    return local.detach()
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is not an adapter folder: it has no {CONFIG}.") from None
+        own = Path(folder) / "adapter" / "last"
+        hint = f"; give {own}" if own.is_dir() else ""
+        raise ConfigError(f"{folder} is not an adapter folder: it has no {CONFIG}{hint}.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):

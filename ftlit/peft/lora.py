@@ -224,6 +224,11 @@ class LoRA(PEFTStrategy):
         from ftlit.peft.io import read_adapter
 
         config, state = read_adapter(folder)
+        if config.get("task_type") == "SEQ_CLS":
+            raise ConfigError(
+                f"{folder} is the adapter of a classifier, with its head: to train that further, make a model of it "
+                f"(ftlit export {folder} --to MODEL) and give that as model.policy."
+            )
         saved = self.from_peft(config, state)
         assert isinstance(saved, LoRA)
         for name in self._adapters(model):

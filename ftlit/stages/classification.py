@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ftlit.batch import PackedBatch
 from ftlit.data.classification import ClassificationData
+from ftlit.data.formats.classification import name_of
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics.classification import ClassificationMetric
 from ftlit.objectives.scores import TokenScores
@@ -51,6 +52,8 @@ class Classification(ScalarStage):
         for label, weight in class_weights.items() if isinstance(class_weights, dict) else ():
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"model.class_weights: the weight of {label!r} must be at least 0, got {weight}.")
+        if isinstance(class_weights, dict):  # YAML reads 0 and true as what they are
+            class_weights = {name_of("model.class_weights", label): weight for label, weight in class_weights.items()}
         self.class_weights, self.label_smoothing = class_weights, label_smoothing
         self._order: list[int] = []
         self._weights: Tensor | None = None

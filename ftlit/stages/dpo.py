@@ -56,7 +56,8 @@ class DPO(ValidatedStage):
 
     Args:
         args: Arguments of every stage.
-        loss: A preference loss, or what TRL calls one (`sigmoid`, `ipo`, `kto`, `simpo`, ...).
+        loss: A preference loss, or what TRL calls one (`sigmoid`, `ipo`, `kto`, `simpo`, ...); a list of names, such as
+            `[sigmoid, sft]`, is their sum.
         cache_reference: Score all rows with the reference once, before training, and keep the scores on disk
             (`$FTLIT_CACHE` or `~/.cache/ftlit`); found again by the start weights and the tokens. Saves the reference's
             forward pass from the second epoch or the second run on.
@@ -72,7 +73,7 @@ class DPO(ValidatedStage):
     def __init__(
         self,
         *args: Any,
-        loss: PreferenceLoss | str = "sigmoid",
+        loss: PreferenceLoss | list[str] | str = "sigmoid",
         cache_reference: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -103,6 +104,11 @@ class DPO(ValidatedStage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.couples and getattr(data, "batch_size", 2) < 2:
+            raise ConfigError(
+                f"{type(self.loss).__name__} compares the rows of a micro-batch with each other: set "
+                f"data.batch_size to at least 2, got {data.batch_size}."
+            )
         for key, rows in getattr(data, "sets", {}).items():
             if not key.startswith("added:"):
                 check_rows(self.loss, rows)

@@ -71,7 +71,7 @@ class StoredScores:
 def stored_scores(stage: Stage, rows: Joined, name: str, batch_size: int, max_tokens: int | None) -> StoredScores:
     """The scores of a set of rows: from the cache, or computed and put there.
 
-    They are found by a hash of the start weights, of every token and weight of the rows, and of the precision, so
+    They are found by a hash of the start model, of every token and weight of the rows, and of the precision, so
     scores of another model or of other rows are never taken for them. All ranks must ask; they share the work.
 
     Args:

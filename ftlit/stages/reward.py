@@ -61,7 +61,7 @@ class RewardModel(ScalarStage):
             for part in rows.parts if isinstance(rows, Joined) else []:
                 if not isinstance(part, Comparisons):
                     raise ConfigError("RewardModel learns from answers that are compared: set data to PreferenceData.")
-                if any(min(pair[:2]) < 0 for index in range(len(part)) for pair in part.pairs(index)):
+                if part.has_single:
                     raise ConfigError(
                         "RewardModel compares answers, and some rows have one answer with a label; train a "
                         "Classification on these."

@@ -49,6 +49,8 @@ def test_single_answers():
     comparisons = made(([1], [[2]], (1.0,)), ([1], [[2]], (0.0,)))
     assert [comparisons.pairs(i) for i in (0, 1)] == [(Pair(0, -1),), (Pair(-1, 0),)]
     assert comparisons.has_single
+    assert comparisons.labelled() == (1, 1)
+    assert made(([1], [[2], [3]])).labelled() == (0, 0)
 
 
 def test_what_the_rows_have():

@@ -106,7 +106,22 @@ def test_several_labels_are_a_row_of_ones(tmp_path):
 def test_numbers_are_in_their_order_and_given_labels_win(tmp_path):
     path = write(tmp_path / "r.jsonl", [{"text": "x", "label": n} for n in (10, 9, 2)])
     assert loaded(path).labels == ["2", "9", "10"]
+    assert loaded(path, labels=[10, 2, 9, True]).labels == ["10", "2", "9", "true"]
     assert loaded(path, labels=["10", "2", "9", "1"]).sets["train"].labels.tolist() == [0, 2, 1]
+
+
+def test_splits_of_one_data_set_keep_their_own_labels(tmp_path):
+    """Training and validation rows go by one name there."""
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "train": [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(6)],
+        "validation": [{"text": f"v{n}", "label": "b"} for n in range(3)],
+    }
+    made = {split: datasets.Dataset.from_list(some) for split, some in rows.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "set")
+    data = loaded(str(tmp_path / "set"), validation=str(tmp_path / "set"))
+    assert data.sets["train"].labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert data.sets["validation:main"].labels.tolist() == [1, 1, 1]
 
 
 def test_the_fingerprint_is_of_the_labels_too(tmp_path):
@@ -122,6 +137,18 @@ def test_what_is_wrong_is_said(tmp_path):
         loaded(alike)
     with pytest.raises(DataError, match=r"held.jsonl, row 1: the label 'c' is not one of the training rows'"):
         loaded(path, validation=write(tmp_path / "held.jsonl", [{"text": "z", "label": "c"}]))
+    several = write(tmp_path / "several.jsonl", [{"text": "z", "label": ["a", "b"]}])
+    with pytest.raises(
+        DataError, match=r"several.jsonl, row 1: column 'label' must hold one label, as in the training"
+    ):
+        loaded(path, validation=several)
+    (tmp_path / "notes.txt").write_text("x\n")
+    with pytest.raises(ConfigError, match=r"notes.txt: RawText reads no labels"):
+        loaded(str(tmp_path / "notes.txt"))
+    with pytest.raises(DataError, match=r"such as data.columns: \{text: review, label: sentiment\}"):
+        loaded(write(tmp_path / "other.jsonl", [{"review": "x", "sentiment": "a"}]))
+    with pytest.raises(DataError, match=r"such as data.columns: \{label: LABEL\}"):
+        loaded(write(tmp_path / "none.jsonl", [{"text": "x"}]))
     with pytest.raises(DataError, match="label 'a', which is not in"):
         loaded(path, labels=["b", "c"])
     with pytest.raises(ConfigError, match="at least two different labels"):

@@ -12,6 +12,7 @@ from ftlit.testing import RowFormatSuite
 
 USER, YES, NO = Message("user", "Hi?"), Message("assistant", "Yes."), Message("assistant", "No.")
 SYSTEM = Message("system", "Be kind.")
+KIND = Message("system", "Be kind.")
 PAIR = Comparison((Conversation((USER, YES), given=1), Conversation((USER, NO), given=1)), (1.0, 0.0))
 
 
@@ -63,6 +64,10 @@ class TestPairs(RowFormatSuite):
         ({"chosen": "Human: Hi? Assistant: unbelievable", "rejected": "Human: Hi? Assistant: unbelievably"},
          Comparison((Completion("Human: Hi? Assistant:", " unbelievable"),
                      Completion("Human: Hi? Assistant:", " unbelievably")), (1.0, 0.0))),
+        # A system column makes turns of texts.
+        ({"prompt": "Hi?", "system": "Be kind.", "chosen": "Yes.", "rejected": "No."},
+         Comparison((Conversation((KIND, USER, YES), given=2), Conversation((KIND, USER, NO), given=2)), (1.0, 0.0))),
+        ({"prompt": "Hi?", "system": "", "chosen": "Yes.", "rejected": "No."}, PAIR),
         # Empty answers are read here, and counted where rows are tokenized.
         ({"prompt": "2+2=", "chosen": "4", "rejected": " "},
          Comparison((Completion("2+2=", "4"), Completion("2+2=", "")), (1.0, 0.0))),
@@ -83,6 +88,9 @@ class TestPairs(RowFormatSuite):
         ({"chosen": [turn("user", "Hi?"), turn("assistant", "Yes.")],
           "rejected": [turn("user", "Ho?"), turn("assistant", "No.")]}, "rejected"),
         ({"prompt": "Hi?", "chosen": [turn("assistant", "A"), turn("user", "B")], "rejected": "No."}, "chosen"),
+        ({"chosen": [turn("user", "Hi?"), turn("assistant", "Yes.")],
+          "rejected": [turn("user", "Hi?"), turn("user", "No.")]}, "rejected"),
+        ({"prompt": "Hi?", "chosen": "Yes.", "rejected": [turn("assistant", "A"), turn("user", "B")]}, "rejected"),
         ({"prompt": "Hi?", "chosen": said("alien", "Yes."), "rejected": "No."}, "chosen"),
     )  # fmt: skip
 
@@ -103,6 +111,7 @@ class TestRanking(RowFormatSuite):
         ({"prompt": "2+2=", "answers": ["4"]}, "answers"),
         ({"prompt": "2+2=", "answers": "4"}, "answers"),
         ({"prompt": "2+2=", "answers": ["4", None]}, "answers"),
+        ({"prompt": "2+2=", "answers": ["4", turn("user", "5")]}, "answers"),
         ({"prompt": "2+2=", "answers": ["4", "5"], "scores": [1]}, "scores"),
         ({"prompt": "2+2=", "answers": ["4", "5"], "scores": [1, "b"]}, "scores"),
         ({"answers": ["4", "5"]}, "prompt"),
@@ -128,7 +137,8 @@ class TestLabelled(RowFormatSuite):
         ({"prompt": "2+2=", "completion": "4", "label": None}, "label"),
         ({"prompt": "2+2=", "label": True}, "completion"),
         ({"completion": "4", "label": True}, "prompt"),
-        ({"messages": [turn("user", "Hi?")], "label": True}, "completion"),
+        ({"prompt": "2+2=", "completion": turn("user", "4"), "label": True}, "completion"),
+        ({"messages": [turn("user", "Hi?")], "label": True}, "messages"),
     )
 
     def make(self):
@@ -152,6 +162,20 @@ def test_no_format_fits():
     with pytest.raises(DataError, match=r"rows.jsonl: columns a, b fit no preference format .* data.columns: \{chosen"):
         detect_preference(["a", "b"], "rows.jsonl")
     assert type(detect_preference(["messages"], "rows.jsonl", answers=False)).__name__ == "Messages"
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (("question", "better", "worse"), "{chosen: better, rejected: worse}"),
+        (("prompt", "chosen"), "{rejected: WORSE}"),
+        (("prompt", "responses"), "{answers: responses}"),
+        (("messages", "kto_tag"), "{label: kto_tag}"),
+    ],
+)
+def test_columns_are_suggested(columns, advice):
+    with pytest.raises(DataError, match=f"such as data.columns: {advice}".replace("{", r"\{")):
+        detect_preference(columns, "rows.jsonl")
 
 
 WORDS = st.lists(st.sampled_from(["a", "ab", "abc", "b", "é", "42"]), min_size=1, max_size=8).map(" ".join)

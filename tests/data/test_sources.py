@@ -7,7 +7,7 @@ import sys
 import datasets
 import pytest
 
-from ftlit.data.formats import Alpaca, Conversation, Message, Messages
+from ftlit.data.formats import Alpaca, Conversation, Message, Messages, detect_preference
 from ftlit.data.sources import Source, fill, with_system
 from ftlit.errors import DataError
 
@@ -296,3 +296,12 @@ def test_system_turn_is_put_first_only_where_none_is():
     assert with_system(CHAT, None) is CHAT
     own = Conversation((Message("system", "mine"), *CHAT.messages))
     assert with_system(own, "be kind") is own
+
+
+def test_columns_that_one_file_lacks_do_not_matter_where_it_fits(write):
+    """Whole conversations beside pairs whose prompt is called otherwise."""
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    other = [turns[0], {"role": "assistant", "content": "No."}]
+    path = write("whole.jsonl", json.dumps({"chosen": turns, "rejected": other}) + "\n")
+    source = Source(str(path), None, {"prompt": "question", "margin": None}, choose=detect_preference)
+    assert len(source.record(0).answers) == 2

@@ -9,12 +9,13 @@ import lightning as L
 import torch
 
 from ftlit import peft
-from ftlit.data.packing import StepLoader, StepPlanner
+from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
+from ftlit.data.store import Joined
 from ftlit.forgetting import Interpolate
 from ftlit.models.shard import gathered
 from ftlit.rollout.generate import generate
-from ftlit.stages import SFT
-from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
+from ftlit.stages import SFT, RewardModel
+from ftlit.testing import tiny_comparisons, tiny_examples, tiny_lm, tiny_tokenizer
 
 # 21 examples, eight a step: the last step of each epoch has five, which two ranks share unevenly.
 LENGTHS = (9, 4, 4, 12, 2, 7, 15, 3, 6, 6, 11, 5, 8, 2, 3, 10, 4, 9, 7, 5, 6)
@@ -39,12 +40,28 @@ class Data(L.LightningDataModule):
         return StepLoader(self.examples, self.planner(stage.accumulate, trainer.world_size), trainer.global_rank)
 
 
+class Comparisons(Data):
+    """Eleven rows, one a ranking of three, eight a step; all of them are held out too."""
+
+    def __init__(self, **plan):
+        super().__init__(**plan)
+        sizes = [(n % 5 + 1, n % 4 + 2, n % 3 + 1, *([4] if n == 3 else [])) for n in range(11)]
+        self.examples = Joined([tiny_comparisons(sizes)])
+        self.sets, self.validation_names = {"train": self.examples, "validation:main": self.examples}, ["main"]
+
+    def val_dataloader(self):
+        trainer = self.trainer
+        return [EvalLoader(self.examples, self.plan["batch_size"], None, trainer.global_rank, trainer.world_size)]
+
+
 class Record(L.Callback):
+    keys = ("loss", "grad_norm", "lr")
+
     def __init__(self):
         self.steps, self.micro = [], []
 
     def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
-        self.steps.append({key: stage.step_metrics[f"train/{key}"] for key in ("loss", "grad_norm", "lr")})
+        self.steps.append({key: stage.step_metrics[f"train/{key}"] for key in self.keys})
         self.micro.append(len(batch.micro_batches))
 
 
@@ -94,6 +111,32 @@ def train(
     }
 
 
+def train_reward(strategy="auto", *, method="LoRA", batch_size=8, max_tokens=None, world=1, steps=6):
+    """A reward model; returns the trained weights (on the first rank), and metrics of steps and validation."""
+    torch.manual_seed(0)
+    stage = RewardModel(
+        policy=tiny_lm(), peft=getattr(peft, method)(**PEFT[method]), lr=0.01, warmup=2,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
+    )  # fmt: skip
+    stage.tokenizer = tiny_tokenizer()
+    record = Record()
+    record.keys = ("loss", "grad_norm", "accuracy", "margin")
+    if strategy == "fsdp":
+        from ftlit.stages.fsdp import FSDP2
+
+        strategy = FSDP2()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, max_steps=steps, max_epochs=-1, gradient_clip_val=0.5,
+        callbacks=[record], use_distributed_sampler=False, num_sanity_val_steps=0, precision="32-true",
+    )  # fmt: skip
+    trainer.fit(stage, Comparisons(batch_size=batch_size, max_tokens=max_tokens, seed=3))
+    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    weights = trainer.strategy.lightning_module_state_dict()
+    values = {name: float(value) for name, value in stage.last_metrics.items()}
+    return {"weights": {n: t.clone() for n, t in weights.items() if n in trained}, "steps": record.steps, **values}
+
+
 def quiet():
     """No banners of Lightning."""
     warnings.filterwarnings("ignore")
@@ -105,7 +148,8 @@ if __name__ == "__main__":
     quiet()
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
-    results = [train(**job) for job in jobs]
+    results = [(train_reward if job.pop("reward", False) else train)(**job) for job in jobs]
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[2])
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads can abort a process that ends with them

@@ -176,12 +176,14 @@ def test_two_ranks_equal_one(models, rows, tmp_path):
 def test_conversations_with_labels(ftlit, models, tmp_path):
     lines = [
         {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "yes" * (n % 2) + "no"}]}
-        | {"label": n % 2}
+        | {"label": n % 2, "weight": 1 + n % 3}
         for n in range(12)
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ftlit(*options(models["llama"], str(path), "full", "--trainer.max_steps", "3", "--run", "r")) == 0
+    numbers = ["--data.labels", "[1, 0]", "--model.class_weights", "{0: 2}", "--trainer.max_steps", "3", "--run", "r"]
+    assert ftlit(*options(models["llama"], str(path), "full", *numbers)) == 0
+    assert "2 outputs: 1, 0" in ftlit.out
     assert yaml.safe_load(Path("r/config.yaml").read_text())["model"]["class_path"].endswith("Classification")
     assert ftlit("score", "r", "--rows", str(path)) == 0
     ours = [list(json.loads(line)["probabilities"].values()) for line in ftlit.out.splitlines()]

@@ -142,12 +142,17 @@ def test_resume_is_as_if_never_stopped(ftlit, args, more, tmp_path, monkeypatch)
     [
         ["--config", "trainer/ddp", "--model.cache_reference", "true"],
         ["--config", "trainer/fsdp"],
+        ["--config", "trainer/fsdp", "--config", "peft/full"],
     ],
-    ids=["ddp", "fsdp"],
+    ids=["ddp", "fsdp", "fsdp-full"],
 )
 def test_two_ranks_equal_one(args, tmp_path, more):
     """Nine rows, four a step: the last step of each epoch is short, and uneven over the ranks."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FTLIT_CACHE": str(tmp_path / "cache")}
+    if "peft/full" in more:
+        place = args.index("--model.peft.rank")
+        args = [*args[:place], *args[place + 2 :], "--config", "peft/full", "--model.lr", "0.01"]
+        more = more[:2]
     common = [*args, "--trainer.max_epochs", "2"]
     common += [] if "trainer/fsdp" in more else ["--trainer.precision", "64-true"]
     for run, options in (

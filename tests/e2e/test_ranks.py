@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ftlit.testing import FAMILIES
 
-from .ranks_worker import train
+from .ranks_worker import train, train_reward
 
 
 def run(args, cwd, status=0):
@@ -43,11 +43,11 @@ def on_two_ranks(jobs, folder):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-def assert_alike(ours, theirs, weights, metrics):
+def assert_alike(ours, theirs, weights, metrics, steps=10):
     assert ours["weights"].keys() == theirs["weights"].keys()
     for name, tensor in theirs["weights"].items():
         torch.testing.assert_close(ours["weights"][name], tensor, rtol=0, atol=weights, msg=name)
-    assert len(ours["steps"]) == len(theirs["steps"]) == 10
+    assert len(ours["steps"]) == len(theirs["steps"]) == steps
     for first, second in zip(ours["steps"], theirs["steps"], strict=True):
         assert first == pytest.approx(second, rel=metrics, abs=metrics)
 
@@ -89,6 +89,21 @@ def test_sharded_equals_one_rank(tmp_path):
             assert first["loss"] == pytest.approx(second["loss"], rel=2e-2)
 
 
+def test_a_sharded_reward_model_equals_one_rank(tmp_path, monkeypatch):
+    """Trunk and new head, with every strategy; rows end to end and held out, uneven over the ranks."""
+    jobs = [{"method": method} for method in ("LoRA", "Full", "PrefixTuning", "PromptTuning")]
+    two = {"reward": True, "strategy": "fsdp", "batch_size": 4}
+    results = on_two_ranks([*({**job, **two} for job in jobs), {**jobs[0], **two, "max_tokens": 11}], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for result, job in zip(results, [*jobs, jobs[0]], strict=True):
+        reference = train_reward(**job)
+        assert "policy.lm.score.weight" in reference["weights"]
+        assert reference["val/loss"] < reference["steps"][0]["loss"] - 1e-2
+        assert_alike(result, reference, weights=2e-6, metrics=2e-5, steps=6)
+        for name in ("val/loss", "val/accuracy", "val/accuracy_low", "val/margin", "val/calibration_error"):
+            assert result[name] == pytest.approx(reference[name], abs=2e-5), name
+
+
 def test_every_family_on_two_ranks(tmp_path):
     families = list(FAMILIES)
     jobs = [{"method": "Full", "family": family, "strategy": "fsdp", "batch_size": 4} for family in families]
@@ -121,6 +136,18 @@ def test_two_ranks_equal_one(fit_args, tmp_path):
             if first[key] or second[key]:
                 assert abs(float(first[key]) - float(second[key])) < 1e-5
     assert (tmp_path / "two/adapter/last/adapter_model.safetensors").exists()
+
+
+def test_a_run_leaves_its_group(ftlit, fit_args, tmp_path):
+    """Its threads could abort a rank that ends, and the others would be killed."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0,
+                                         world_size=1)  # fmt: skip
+    try:
+        assert ftlit(*fit_args, "--run", "r", "--trainer.max_steps", "1") == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_model_answers(fit_args, rows, tmp_path):

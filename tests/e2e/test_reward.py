@@ -151,6 +151,15 @@ def test_mistakes_are_one_sentence(ftlit, pairs, rows, tiny_model_folder, tmp_pa
     columns = ["--data.format", "Labelled"]
     assert ftlit(*options(tiny_model_folder, labelled, "lora", *columns, "--run", "b")) == 1
     assert "some rows have one answer with a label" in ftlit.err
+    assert ftlit(*options(tiny_model_folder, pairs, "lora", "--trainer.max_steps", "1", "--run", "c")) == 0
+    further = ["--model.peft.from_adapter", "c/adapter/last", "--run", "d"]
+    assert ftlit(*options(tiny_model_folder, pairs, "lora", *further)) == 1
+    assert "c/adapter/last is the adapter of a classifier, with its head" in ftlit.err
+    assert ftlit(*options(tiny_model_folder, pairs, "lora", *further[:1], "c", "--run", "d")) == 1
+    assert "it has no adapter_config.json; give c/adapter/last." in ftlit.err
+    assert ftlit("score", "c", "--rows", pairs, "--device", "gpu") == 1
+    assert "argument --device: 'gpu' is no device of this machine; give cpu or cuda" in ftlit.err
+    assert ftlit("score", "c", "--rows", pairs, "--device", "cpu") == 0
     assert ftlit("score", tiny_model_folder, "--rows", pairs) == 1
     assert "is no sequence classifier" in ftlit.err
     assert ftlit("score", tiny_model_folder, "--rows", "nothing.jsonl") == 1

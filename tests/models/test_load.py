@@ -6,6 +6,7 @@ import torch
 from ftlit.errors import ConfigError
 from ftlit.models import load
 from ftlit.models.load import load_lm, load_tokenizer, resolve
+from ftlit.testing import tiny_lm
 
 
 def test_a_loaded_model_is_in_training_mode_and_float32(tiny_model_folder):
@@ -23,6 +24,8 @@ def test_a_loaded_model_is_in_training_mode_and_float32(tiny_model_folder):
         ("a/b/c", "does not exist"),
         ("nope.gguf", "does not exist"),
         ("EMPTY", "holds neither a config.json nor a GGUF file"),
+        ("RUN", "is a run: make a model of it (ftlit export "),
+        ("ADAPTER", "is an adapter: give its base model, and the adapter as --model.peft.from_adapter, or merge them"),
         ("TWO", "holds several GGUF files (a.gguf, b.gguf)"),
         ("FILE", "is a file but no .gguf"),
     ],
@@ -30,12 +33,25 @@ def test_a_loaded_model_is_in_training_mode_and_float32(tiny_model_folder):
 def test_names_that_cannot_be_models(tmp_path, name, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
-    for file in ("two/a.gguf", "two/b.gguf", "file.bin"):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "adapter").mkdir()
+    for file in ("two/a.gguf", "two/b.gguf", "file.bin", "run/config.yaml", "adapter/adapter_config.json"):
         (tmp_path / file).write_bytes(b"x")
-    places = {"EMPTY": tmp_path / "empty", "TWO": tmp_path / "two", "FILE": tmp_path / "file.bin"}
+    places = {"RUN": tmp_path / "run", "ADAPTER": tmp_path / "adapter"}
+    places |= {"EMPTY": tmp_path / "empty", "TWO": tmp_path / "two", "FILE": tmp_path / "file.bin"}
     with pytest.raises(ConfigError) as error:
         resolve(str(places.get(name, name)))
     assert says in str(error.value)
+
+
+def test_a_checkpoint_without_an_output_layer_is_refused(tmp_path):
+    """Transformers would draw one at random."""
+    lm = tiny_lm("llama_untied")
+    lm.base_model.save_pretrained(tmp_path / "trunk")
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks lm_head.weight, which would be drawn at random"):
+        load_lm(str(tmp_path / "trunk"))
+    tiny_lm("llama").base_model.save_pretrained(tmp_path / "tied")
+    assert load_lm(str(tmp_path / "tied")).lm_head.weight is not None
 
 
 def test_hub_ids_are_left_to_the_hub():

@@ -190,6 +190,24 @@ def test_gradients_are_those_of_the_formula(name):
     assert torch.autograd.gradcheck(value, (logps,))
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("far", [(-3000.0, -50.0), (-50.0, -3000.0)])
+def test_far_from_the_reference_nothing_overflows(divergence, far):
+    for make in (dpo.Sigmoid, dpo.EXO):
+        logps = torch.tensor(far, dtype=torch.float64, requires_grad=True)
+        ref = torch.tensor([-100.0, -100.0], dtype=torch.float64)
+        value = make(divergence=divergence)(PreferenceScores(logps, (1, 1), [(0, 1)], ref)).sum()
+        value.backward()
+        assert value.isfinite()
+        assert logps.grad.isfinite().all()
+
+
+def test_several_names_are_their_sum():
+    loss = loss_of(["sigmoid", "sft"])
+    assert isinstance(loss, WeightedSum)
+    assert loss.weights == [1.0, 1.0]
+
+
 def test_a_sum_needs_what_its_parts_need():
     loss = WeightedSum(["orpo", "kto", "aot"])
     assert (loss.needs_reference, loss.couples, loss.needs_kl, loss.aligned, loss.unpaired) == (

@@ -291,7 +291,7 @@ def test_cached_scores_train_the_same(make, cache, monkeypatch):
     assert [step["train/loss"] for step in second.steps] == [step["train/loss"] for step in record.steps]
 
 
-@pytest.mark.parametrize("change", ["weights", "tokens", "mask", "torn"])
+@pytest.mark.parametrize("change", ["weights", "config", "tokens", "mask", "torn"])
 def test_stale_scores_are_never_used(change, cache):
     fit(cache_reference=True, trainer={"max_steps": 1})
     (file,) = cache.glob("*.npy")
@@ -299,6 +299,8 @@ def test_stale_scores_are_never_used(change, cache):
     if change == "weights":
         with torch.no_grad():
             next(iter(lm.parameters()))[7, 3] += 0.5
+    elif change == "config":
+        lm = tiny_lm("llama", torch.float64, rms_norm_eps=0.5)
     elif change == "tokens":
         comparisons.pieces.ids[0] += 1
     elif change == "mask":
@@ -351,6 +353,12 @@ def test_replay_beside_pairs():
 def test_rows_that_do_not_go_with_the_loss(loss, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         fit(loss=loss, comparisons=tiny_comparisons(**options))
+
+
+@pytest.mark.parametrize("loss", ["kto", "aot", ["sigmoid", "kto"]])
+def test_rows_that_are_compared_with_others_need_others(loss):
+    with pytest.raises(ConfigError, match=r"rows of a micro-batch with each other: set data.batch_size to at least 2"):
+        fit(loss=loss, plan={"batch_size": 1})
 
 
 def test_settings_that_do_not_go_together():

@@ -1,6 +1,5 @@
 """Row formats, one a file, and how one is chosen from the columns."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from ftlit.data.formats.alpaca import Alpaca
@@ -13,6 +12,7 @@ from ftlit.data.formats.base import (
     RowError,
     RowFormat,
     Text,
+    likeliest,
     unanswered,
 )
 from ftlit.data.formats.messages import Messages
@@ -32,6 +32,10 @@ _ANSWERS = (
     *("antwort", "回答", "答案", "输出"),
 )
 _LISTS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
+_BETTER = ("better", "preferred", "accepted", "winner", "win", "positive", "chosen_response", "response_chosen")
+_WORSE = ("worse", "dispreferred", "unpreferred", "loser", "lose", "negative", "rejected_response")
+_RANKED = ("responses", "completions", "candidates", "generations", "outputs", "ranking")
+_FLAGS = ("kto_tag", "labels", "desirable", "is_good", "thumbs_up", "upvote", "feedback", "liked", "good")
 _TEXTS = ("text", "content", "document", "body", "article", "passage", "story", "code")
 
 
@@ -78,38 +82,45 @@ def detect_preference(columns: Iterable[str], where: str, *, answers: bool = Tru
             return kind()
     if not answers:
         return detect(have, where, answers=False)
+    listed = ", ".join(f"{name}: {column}" for name, column in _suggest_preference(sorted(have)).items())
     raise DataError(
         f"{where}: columns {', '.join(sorted(have)) or '(none)'} fit no preference format (Pairs needs chosen, "
         "rejected; Ranking needs answers; Labelled needs label). Say which is which, such as data.columns: "
-        "{chosen: better, rejected: worse}, or give data.format a class of your own."
+        f"{{{listed}}}, or give data.format a class of your own."
     )
+
+
+def _suggest_preference(have: list[str]) -> Mapping[str, str]:
+    """The `data.columns` that likely make preference rows of some columns, or an example."""
+
+    def first(*words: str) -> str:
+        return next((word for word in words if word in have), "")
+
+    better, worse = first("chosen", *_BETTER), first("rejected", *_WORSE)
+    if better or worse:
+        pairs = {"chosen": better or "BETTER", "rejected": worse or "WORSE"}
+        return {name: column for name, column in pairs.items() if name != column}
+    if found := first(*_RANKED):
+        return {"answers": found}
+    if found := first(*_FLAGS):
+        return {"label": found}
+    return {"chosen": "better", "rejected": "worse"}
 
 
 def suggest(columns: Iterable[str]) -> Mapping[str, str]:
     """The `data.columns` that likely fit some columns: format's name to file's name; empty where nothing is near."""
     have = list(columns)
-    if found := _nearest(_LISTS, have):
+    if found := likeliest(_LISTS, have):
         return {"messages": found}
-    question = _nearest(_QUESTIONS, have)
-    answer = _nearest(_ANSWERS, [column for column in have if column != question])
+    question = likeliest(_QUESTIONS, have)
+    answer = likeliest(_ANSWERS, [column for column in have if column != question])
     if question and answer:
         return {"instruction": question, "output": answer}
-    if found := _nearest(_TEXTS, have):
+    if found := likeliest(_TEXTS, have):
         return {"text": found}
     if len(have) == 2:
         return {"instruction": have[0], "output": have[1]}
     return {}
-
-
-def _nearest(words: tuple[str, ...], columns: list[str]) -> str:
-    by_fold = {column.casefold(): column for column in columns}
-    for word in words:
-        if word in by_fold:
-            return by_fold[word]
-    for word in words:
-        if close := difflib.get_close_matches(word, by_fold, n=1, cutoff=0.8):
-            return by_fold[close[0]]
-    return ""
 
 
 __all__ = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from ftlit.errors import DataError
@@ -161,6 +162,19 @@ def unanswered(record: Record) -> Conversation | Completion | Text:
     if isinstance(record, Conversation) and record.messages and record.messages[-1].role == "assistant":
         return record._replace(messages=record.messages[:-1])
     return record
+
+
+def likeliest(words: Iterable[str], columns: Iterable[str]) -> str:
+    """The column that is called by one of some words, the first of them first, or nearly so; empty where none is."""
+    by_fold = {column.casefold(): column for column in columns}
+    words = list(words)
+    for word in words:
+        if word in by_fold:
+            return by_fold[word]
+    for word in words:
+        if close := difflib.get_close_matches(word, by_fold, n=1, cutoff=0.8):
+            return by_fold[close[0]]
+    return ""
 
 
 def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> str:

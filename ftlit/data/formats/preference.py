@@ -35,7 +35,8 @@ class PreferenceFormat(RowFormat):
 
     The prompt is a `prompt` (text, or a list of messages), a list of `messages` or ShareGPT `conversations`, or an
     Alpaca `instruction` with its `input`; `system`, `tools` and `weight` columns are optional. Between texts nothing is
-    put, as `PromptCompletion` does it; everything else goes through the chat template.
+    put, as `PromptCompletion` does it, unless there is a `system` column; everything else goes through the chat
+    template.
     """
 
     optional: ClassVar[tuple[str, ...]] = (*_PROMPTS, "input", "system", "tools", "weight")
@@ -70,7 +71,10 @@ class PreferenceFormat(RowFormat):
         elif isinstance(row.get("prompt"), list | tuple):
             turns = turns_of(row, "prompt")
         elif row.get("prompt") is not None:
-            return text_of(row, "prompt")
+            text = text_of(row, "prompt")
+            if "system" not in row:
+                return text
+            turns = (Message("user", text),)
         else:
             return None
         return _with_system(turns, row)
@@ -95,6 +99,8 @@ class Pairs(PreferenceFormat):
     def __call__(self, row: Mapping[str, Any]) -> Comparison:
         answers = [_answer(row, "chosen"), _answer(row, "rejected")]
         prompt = self._prompt(row)
+        for column, answer in zip(("chosen", "rejected"), answers, strict=True):
+            _check_end(column, answer)
         whole = [not isinstance(a, str) and a[0].role in ("system", "user") for a in answers]
         if whole[0] != whole[1]:
             raise RowError("rejected", "an answer of the same shape as chosen", row.get("rejected"))
@@ -132,6 +138,8 @@ class Ranking(PreferenceFormat):
         if not isinstance(given, list | tuple) or len(given) < 2:
             raise RowError("answers", "a list of at least two answers", given)
         answers = [_answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(given)]
+        for place, answer in enumerate(answers):
+            _check_end(f"answers[{place}]", answer)
         prompt = self._prompt(row)
         if prompt is None:
             raise RowError("prompt", "text or a list of messages", None)
@@ -163,11 +171,15 @@ class Labelled(PreferenceFormat):
         prompt = self._prompt(row)
         if row.get("completion") is not None:
             answer = _answer(row, "completion")
+            _check_end("completion", answer)
             if prompt is None:
                 raise RowError("prompt", "text or a list of messages", None)
         elif isinstance(prompt, tuple) and prompt[-1].role == "assistant":
             prompt, answer = prompt[:-1], prompt[-1:]
         else:
+            for column in ("conversations", "messages"):
+                if row.get(column) is not None and isinstance(prompt, tuple):
+                    _check_end(column, prompt)
             raise RowError("completion", _ANSWER, row.get("completion"))
         return _comparison(prompt, [answer], (1.0 if label else 0.0,), row)
 
@@ -209,6 +221,12 @@ def _turns(column: str, turns: Any) -> tuple[Message, ...]:
     return turns_of({column: turns}, column)
 
 
+def _check_end(column: str, answer: Answer) -> None:
+    """Refuses messages that do not end in an assistant's turn."""
+    if not isinstance(answer, str) and answer[-1].role != "assistant":
+        raise RowError(column, "messages that end in an answer", [turn.role for turn in answer])
+
+
 def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...], row: Mapping[str, Any]) -> Comparison:
     """Answers with their prompt before each."""
     weight = weight_of(row)
@@ -224,8 +242,6 @@ def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...]
     whole = []
     for answer in answers:
         turns = (Message("assistant", answer),) if isinstance(answer, str) else answer
-        if turns[-1].role != "assistant":
-            raise RowError("chosen", "messages that end in an answer", [m.role for m in turns])
         if not turns[-1].content.strip() and not (turns[-1].more or {}).get("tool_calls"):
             turns = ()
         whole.append(Conversation((*given, *turns), tools, given=len(given)))
@@ -259,7 +275,11 @@ def _shared_words(first: str, second: str) -> tuple[str, list[Answer]]:
     while shared and first[shared - 1].isspace():
         shared -= 1
     if not first[:shared].strip():
-        raise RowError("prompt", "text, where chosen and rejected do not begin alike", None)
+        raise RowError(
+            "prompt",
+            "text (in data.columns say which column has it), where chosen and rejected do not begin alike",
+            None,
+        )
     rest = [text[shared:] for text in (first, second)]
     return first[:shared], [text if text.strip() else "" for text in rest]
 
