@@ -70,7 +70,8 @@ def prepare_controls(stage: Stage) -> None:
 def _warn_of_overlaps(controls: Sequence[ForgettingControl], data: Any, added: Sequence[AddedRows]) -> None:
     trained = {rows.name: rows.examples for rows in added}
     own = getattr(data, "sets", {}).get("train")
-    trained |= {} if own is None else {"data.train": own}
+    if own is not None and getattr(data, "needs_answers", True):  # of prompts nothing is trained
+        trained["data.train"] = own
     held_out = {
         f"{control.name} ({name})": examples for control in controls for name, examples in control.held_out().items()
     }
