@@ -53,6 +53,7 @@ class Policy(nn.Module):
         needs: AbstractSet[str] = frozenset(),
         watch: AbstractSet[str] = frozenset(),
         kl: Mapping[int, float] | None = None,
+        temperature: float = 1.0,
     ) -> TokenScores:
         """Scores every target of a micro-batch.
 
@@ -62,6 +63,7 @@ class Policy(nn.Module):
             watch: Further scores without gradients.
             kl: For some sources of rows the temperature of the divergence from the model at the start of the run to the
                 present one; it costs a pass of the start model over their rows.
+            temperature: All scores but `kl` are those of the distribution `softmax(logits / temperature)`.
 
         Returns:
             Log-probability (nats) and top-1 hit of each target, `[N]`, and what was asked for.
@@ -71,7 +73,7 @@ class Policy(nn.Module):
         """
         wanted = {source: temperature for source, temperature in (kl or {}).items() if source in batch.sources}
         hidden = self.hidden(batch)
-        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch)
+        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch, temperature=temperature)
         if "states" in needs:
             scores = scores._replace(states=hidden)
         if kl is None:

@@ -174,6 +174,10 @@ class Stage(L.LightningModule):
         """Token scores without gradients that it reads."""
         return frozenset()
 
+    def scoring(self, batch: PackedBatch) -> dict[str, Any]:
+        """Further arguments of the policy for a micro-batch."""
+        return {}
+
     @abstractmethod
     def total(self, totals: StepTotals) -> float:
         """What the sums of a step are divided by: the weight of its targets, or the number of its pairs."""
@@ -425,7 +429,7 @@ class Stage(L.LightningModule):
         assert self.policy is not None
         needs = self.needs.union(*(control.needs for control in controls))
         divergences = {source: t for control in controls for source, t in control.kl.items()}
-        scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None)
+        scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None, **self.scoring(batch))
         own_batch, own_scores = batch, scores
         if any(batch.sources):
             own = batch.target_sources == 0

@@ -57,8 +57,10 @@ class PPO(Stage):
         update_epochs: How often a rollout is gone through.
         num_minibatches: Optimizer steps each time; the answers to one prompt stay in one.
         max_new_tokens: Most tokens of an answer.
-        temperature: Of the sampling. The update takes probabilities at temperature 1, so others make it inexact.
-        top_p: Sample from the likeliest tokens that together have this probability; others than 1 likewise.
+        temperature: Of the sampling, and of every probability of the update: ratios, entropy and KL are those of the
+            distribution that the answers were drawn from.
+        top_p: Sample from the likeliest tokens that together have this probability. Below 1 the first ratio is still 1,
+            but ratios, entropy and KL are those of the distribution before it was cut.
         generator: Who draws the answers.
         entropy_coef: Weight of the mean entropy of the policy (nats a token), which is to stay high.
         value_coef: Weight of the value's loss.
@@ -225,6 +227,10 @@ class PPO(Stage):
         """Hidden states for the value head, the entropy for its bonus."""
         states = {"states"} if self.value_head is not None else set()
         return frozenset(states | ({"entropy"} if self.entropy_coef else set()))
+
+    def scoring(self, batch: PackedBatch) -> dict[str, Any]:
+        """Answers are scored at the temperature that they were drawn at, rows that controls added at 1."""
+        return {} if any(batch.sources) else {"temperature": self.sampling.temperature}
 
     def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Losses of policy, value, KL and entropy, each token weighted as the policy's loss says."""

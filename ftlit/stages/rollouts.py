@@ -190,14 +190,14 @@ class Rollouts:
             batches = [found.pack(micro).to(stage.device) for micro in filled]
             for batch in batches:
                 needs = frozenset({"states"} if head is not None else ())
-                scores = stage.policy(batch, needs=needs, watch=frozenset({"entropy"}))
+                scores = stage.policy(batch, needs=needs, watch=frozenset({"entropy"}), **stage.scoring(batch))
                 assert scores.entropy is not None
                 parts["old_logps"].append(scores.logps)
                 parts["entropy"].append(scores.entropy)
                 if head is not None:
                     parts["values"].append(head(scores.states))
             with stage.strategy.start(stage.policy.lm):
-                parts["reference"] += [stage.policy(batch).logps for batch in batches]
+                parts["reference"] += [stage.policy(batch, **stage.scoring(batch)).logps for batch in batches]
         places = torch.cat([found.places(micro) for micro in filled])
         flat = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
         return {name: torch.empty_like(values).index_copy(0, places, values) for name, values in flat.items()}

@@ -86,6 +86,8 @@ KINDS = {
     "dr_grpo": {"advantage": GRPO(std=False), "loss": DrGRPO(), "num_answers": 3, "entropy_coef": 0.1},
     "rloo": {"advantage": RLOO(), "loss": GSPO(0.2, 0.2, length_normalized=False), "num_answers": 2},
     "remax": {"advantage": ReMax(), "loss": CISPO(), "num_answers": 2},
+    "gae_cool": {"advantage": GAE(), "temperature": 0.7, "entropy_coef": 0.1, "kl": KLPenalty(0.2, "loss", "k3")},
+    "grpo_cool": {"advantage": GRPO(), "num_answers": 3, "temperature": 0.7, "kl": KLPenalty(0.1, "loss", "k2")},
 }
 
 
@@ -93,7 +95,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", ["gae", "grpo"])
+@pytest.mark.parametrize("kind", ["gae", "grpo", "grpo_cool"])
 def test_the_first_ratio_of_every_rollout_is_exactly_one(rows, strategy, kind):
     """Same path, same packs, no dropout: bit for bit; and before anything is learned the divergence is 0."""
     options = {**KINDS[kind], "num_minibatches": 1, "update_epochs": 2}
@@ -111,12 +113,12 @@ def test_the_first_ratio_of_every_rollout_is_exactly_one(rows, strategy, kind):
     assert record.steps[2]["objective/kl"] != 0.0
 
 
-def logps_of(lm, prompt, answer):
+def logps_of(lm, prompt, answer, temperature=1.0):
     """One answer at a time through the model's own logits: log-probabilities, entropies, last hidden states."""
     ids = torch.tensor([[*prompt, *answer]])
     out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
     before = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    logps = torch.log_softmax(out.logits[0, before], -1)
+    logps = torch.log_softmax(out.logits[0, before] / temperature, -1)
     return (
         logps.gather(1, torch.tensor(answer)[:, None])[:, 0],
         -(logps.exp() * logps).sum(-1),
@@ -150,7 +152,7 @@ def textbook_advantages(kind, rewards, found, size, greedy_of, stage):
         elif kind == "rloo":
             each = [rewards[i] - (sum(group) - rewards[i]) / (size - 1)] * count
         else:
-            std = torch.tensor(group).double().std().item() + 1e-4 if kind == "grpo" else 1.0
+            std = torch.tensor(group).double().std().item() + 1e-4 if kind != "dr_grpo" else 1.0
             each = [(rewards[i] - mean) / std] * count
         out.append(torch.tensor(each, dtype=torch.float64))
     return out
@@ -169,9 +171,9 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
     start = tiny_lm("llama", torch.float64, vocab_size=259)
     torch.manual_seed(0)
     lm = tiny_lm("llama", torch.float64, vocab_size=259)
-    size = stage.num_answers
+    size, warmth = stage.num_answers, options.get("temperature", 1.0)
     with torch.no_grad():
-        old = [logps_of(start, found.prompts[i // size], answer)[0] for i, answer in enumerate(found.answers)]
+        old = [logps_of(start, found.prompts[i // size], answer, warmth)[0] for i, answer in enumerate(found.answers)]
     texts = [text_of(stage, answer) for answer in found.answers]
     # At the first rollout the divergence is 0, and so is the value: the penalty changes no advantage.
     given = textbook_advantages(kind, odd(None, texts), found, size, lambda p: greedy(start, p), stage)
@@ -194,7 +196,7 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
         number = sum(map(len, found.answers))
         terms = []
         for i, answer in enumerate(found.answers):
-            logps, entropies, states = logps_of(lm, found.prompts[i // size], answer)
+            logps, entropies, states = logps_of(lm, found.prompts[i // size], answer, warmth)
             a = advantages[i]
             ratios = (logps - old[i]).exp()
             if kind == "rloo":
@@ -412,6 +414,13 @@ def test_replay_beside_the_rollouts(rows):
     losses = [step["forgetting/replay/loss"] for step in record.steps if "forgetting/replay/loss" in step]
     assert losses[-1] < losses[0]
     assert record.steps[0]["loss/policy"] == pytest.approx(first.steps[0]["loss/policy"], abs=1e-6)
+    at_one, at_three = (
+        train(rows, steps=1, callbacks=[make(1.0)], temperature=temperature, max_new_tokens=1, num_minibatches=1)[1]
+        for temperature in (1.0, 3.0)
+    )  # the same rows are replayed, at temperature 1
+    loss = at_one.steps[0]["forgetting/replay/loss"]
+    assert at_three.steps[0]["forgetting/replay/loss"] == pytest.approx(loss, abs=1e-6)
+    assert at_three.steps[0]["policy/entropy"] != pytest.approx(at_one.steps[0]["policy/entropy"], abs=1e-3)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
