@@ -23,6 +23,8 @@ from ftlit.peft.lora_layers import LoRALinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ftlit.models.heads import ScalarPolicy
+
 
 class Policy(nn.Module):
     """Runs packed batches through a causal language model.
@@ -223,7 +225,7 @@ def has_dropout(lm: nn.Module) -> bool:
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
-def disable_dropout(policy: Policy) -> bool:
+def disable_dropout(policy: Policy | ScalarPolicy) -> bool:
     """Sets every chance of dropping something to 0; returns whether one was not."""
     found = has_dropout(policy)
     for module in policy.modules():

@@ -225,7 +225,7 @@ class Stage(L.LightningModule):
     def make_policy(self) -> Any:
         """The model with its strategy applied: a `Policy`, or a module that is called like one."""
         if isinstance(self.source, str):
-            lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
+            lm = load_lm(self.source, self._load_dtype(self.strategy), self.trust_remote_code)
         else:
             lm = self.source
             prepare(lm)
@@ -233,14 +233,14 @@ class Stage(L.LightningModule):
             recompute_activations(lm)
         return Policy(lm, self.strategy)
 
-    def _load_dtype(self) -> torch.dtype:
+    def _load_dtype(self, strategy: PEFTStrategy) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
         precision = str(getattr(self._trainer, "precision", "32-true"))
         kind, _, mode = precision.partition("-")
         if kind == "64":
             return torch.float64
         half = {"bf16": torch.bfloat16, "16": torch.float16}.get(kind)
-        return half if half is not None and (mode == "true" or not self.strategy.trains_base) else torch.float32
+        return half if half is not None and (mode == "true" or not strategy.trains_base) else torch.float32
 
     @property
     def controls(self) -> list[ForgettingControl]:

@@ -11,6 +11,7 @@ the training loader yields, so optimization is Lightning's own, and everything t
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +28,12 @@ from ftlit.data.datamodules import MAIN
 from ftlit.data.prompts import PromptData, PromptOrder
 from ftlit.errors import ConfigError
 from ftlit.models.policy import disable_dropout
-from ftlit.models.value import ValueHead
+from ftlit.models.value import ValueHead, ValueModel, load_value_model
 from ftlit.objectives.advantages import GAE, Advantage, sums
 from ftlit.objectives.kl import KLPenalty, kl_estimate
 from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
 from ftlit.objectives.scores import TokenScores
+from ftlit.peft import Full, PEFTStrategy
 from ftlit.rollout.experience import Experience, cut
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
 from ftlit.rollout.loader import Added, RolloutLoader
@@ -65,8 +67,11 @@ class PPO(Stage):
         entropy_coef: Weight of the mean entropy of the policy (nats a token), which is to stay high.
         value_coef: Weight of the value's loss.
         value_clip: How far a value may move from what it was; None: any way.
-        value_lr: Peak learning rate of the value head; `lr` when left out.
-        value_detached: Whether the value's loss leaves the policy alone.
+        value_lr: Peak learning rate of the values; `lr` when left out.
+        value_detached: Whether the loss of a value head leaves the policy alone.
+        value_model: A model of its own for the values, instead of a head on the policy: the hub id or folder of a
+            language model (the policy's again, say) or of a reward model, with the policy's tokenizer.
+        value_peft: What of it is trained; every weight when left out.
         target_kl: Policies further than this from the one that drew (`policy/approxkl`, nats a token) end the update;
             the next step begins a new rollout. None: never.
         kwargs: Arguments of every stage.
@@ -98,6 +103,8 @@ class PPO(Stage):
         value_clip: float | None = 0.2,
         value_lr: float | None = None,
         value_detached: bool = False,
+        value_model: str | Any | None = None,
+        value_peft: PEFTStrategy | None = None,
         target_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -111,9 +118,12 @@ class PPO(Stage):
         self.generator = generator or BatchedGenerator()
         self.entropy_coef, self.target_kl = entropy_coef, target_kl
         self.value_coef, self.value_clip, self.value_detached = value_coef, value_clip, value_detached
-        self.value_lr = value_lr or self.lr
+        self.value_lr = self.lr if value_lr is None else value_lr
+        built = value_model is not None and not isinstance(value_model, str)  # it may be the policy: a copy
+        self.value_source = (copy.deepcopy(value_model) if built else value_model,)  # a tuple, so that it is no child
+        self.value_strategy = value_peft
         self._check()
-        self.value_head: ValueHead | None = None
+        self.critic: ValueHead | ValueModel | None = None
         self.rollouts = Rollouts(self)
         self.loader: RolloutLoader | None = None
         self._resumed: tuple[Experience | None, int] = (None, 0)
@@ -142,6 +152,13 @@ class PPO(Stage):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"model.{name} must be positive or left out, got {value}.")
+        own = self.value_source[0] is not None
+        if own and not self.advantage.uses_values:
+            raise ConfigError(f"model.value_model: {type(self.advantage).__name__} has no use for values; use GAE.")
+        if own and self.value_detached:
+            raise ConfigError("model.value_detached is for a value head on the policy, not for model.value_model.")
+        if self.value_strategy is not None and not own:
+            raise ConfigError("model.value_peft says what is trained of model.value_model, which is missing.")
 
     # ---- model, optimizer, loader -----------------------------------------------------------------------------------
 
@@ -155,20 +172,35 @@ class PPO(Stage):
             rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
         self.strategy.remember_start(self.policy.lm)
         if self.advantage.uses_values:
+            self.critic = self._make_critic()
+
+    def _make_critic(self) -> ValueHead | ValueModel:
+        assert self.policy is not None
+        (source,) = self.value_source
+        if source is None:
             dtype = torch.promote_types(self.policy.lm.dtype, torch.float32)
-            self.value_head = ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+            return ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+        strategy = self.value_strategy or Full()
+        critic = load_value_model(
+            source, strategy, self.tokenizer, self._load_dtype(strategy), self.gradient_checkpointing,
+            self.trust_remote_code,
+        )  # fmt: skip
+        disable_dropout(critic)
+        trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
+        rank_zero_only(print)(f"values     {type(critic.lm).__name__}: {trained:,} trained", flush=True)
+        return critic
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keeps the answers in `rollouts.jsonl`."""
         return [*super().configure_callbacks(), RolloutSamples()]
 
     def lr_factor(self, name: str) -> float:
-        """The value head has a rate of its own."""
-        return self.value_lr / self.lr if name.startswith("value_head.") else super().lr_factor(name)
+        """The values have a rate of their own."""
+        return self.value_lr / self.lr if name.startswith("critic.") else super().lr_factor(name)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The value head's own come last: the rate that is logged is the policy's."""
-        value = set() if self.value_head is None else set(map(id, self.value_head.parameters()))
+        """The values' own come last: the rate that is logged is the policy's."""
+        value = set() if self.critic is None else set(map(id, self.critic.parameters()))
         return sorted(super().parameter_groups(), key=lambda group: {id(p) for p in group["params"]} <= value)
 
     def setup(self, stage: str) -> None:
@@ -225,7 +257,7 @@ class PPO(Stage):
     @property
     def needs(self) -> frozenset[str]:
         """Hidden states for the value head, the entropy for its bonus."""
-        states = {"states"} if self.value_head is not None else set()
+        states = {"states"} if isinstance(self.critic, ValueHead) else set()
         return frozenset(states | ({"entropy"} if self.entropy_coef else set()))
 
     def scoring(self, batch: PackedBatch) -> dict[str, Any]:
@@ -251,9 +283,8 @@ class PPO(Stage):
         if self.entropy_coef:
             assert scores.entropy is not None
             loss = loss - self.entropy_coef * scores.entropy
-        if self.value_head is not None:
-            assert scores.states is not None
-            values = self.value_head(scores.states)
+        if self.critic is not None:
+            values = self.critic(batch, scores)
             of_value, clipped = value_loss(values, known["values"], known["returns"], self.value_clip)
             loss = loss + self.value_coef * of_value
             means["val/clipfrac"] = clipped

@@ -177,25 +177,26 @@ class Rollouts:
             micros: Which lie together.
 
         Returns:
-            `old_logps`, `reference`, `entropy` and with a value head `values`, each `[N]`, on the CPU.
+            `old_logps`, `reference`, `entropy` and where it has any `values`, each `[N]`, on the CPU.
         """
-        stage, head = self.stage, self.stage.value_head
+        stage, critic = self.stage, self.stage.critic
         assert stage.policy is not None
         filled = [micro for micro in micros if micro]
         if not filled:
-            names = ("old_logps", "reference", "entropy", *(("values",) if head is not None else ()))
+            names = ("old_logps", "reference", "entropy", *(("values",) if critic is not None else ()))
             return dict.fromkeys(names, torch.zeros(0))
         parts: dict[str, list[Tensor]] = {"old_logps": [], "reference": [], "entropy": [], "values": []}
         with stage.trainer.precision_plugin.forward_context():
             batches = [found.pack(micro).to(stage.device) for micro in filled]
             for batch in batches:
-                needs = frozenset({"states"} if head is not None else ())
-                scores = stage.policy(batch, needs=needs, watch=frozenset({"entropy"}), **stage.scoring(batch))
+                scores = stage.policy(
+                    batch, needs=stage.needs - {"entropy"}, watch=frozenset({"entropy"}), **stage.scoring(batch)
+                )
                 assert scores.entropy is not None
                 parts["old_logps"].append(scores.logps)
                 parts["entropy"].append(scores.entropy)
-                if head is not None:
-                    parts["values"].append(head(scores.states))
+                if critic is not None:
+                    parts["values"].append(critic(batch, scores))
             with stage.strategy.start(stage.policy.lm):
                 parts["reference"] += [stage.policy(batch, **stage.scoring(batch)).logps for batch in batches]
         places = torch.cat([found.places(micro) for micro in filled])

@@ -110,12 +110,13 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
 
 
-@pytest.mark.parametrize("config", ["ppo", "grpo"])
-def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, tmp_path, config):
+@pytest.mark.parametrize("config", ["ppo", "grpo", "value_model"])
+def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, tmp_path, tiny_model_folder, config):
     """Between rollouts, inside one, after its first step; with running statistics and a steered penalty."""
     shaping = ["--model.shaping.whiten", "true", "--model.shaping.clip", "2", "--model.kl.target", "0.01"]
     shaping += ["--model.kl.coef", "0.1", "--model.target_kl", "0.02", "--trainer.callbacks.every_n_steps", "1"]
-    args = arguments(config, *shaping)
+    own = ["--model.value_model", tiny_model_folder, "--model.temperature", "0.7"] if config == "value_model" else []
+    args = arguments("grpo" if config == "grpo" else "ppo", *shaping, *own)
     assert ftlit(*args, "--run", "whole") == 0, ftlit.err
     assert saved("whole")["ppo"]["running"]["count"] > 8
     (tmp_path / "stopping.py").write_text(STOP)
@@ -151,12 +152,13 @@ def start(args, folder, **env):
     )  # fmt: skip
 
 
-def test_two_ranks_equal_one(arguments, tmp_path):
+def test_two_ranks_equal_one(arguments, tmp_path, tiny_model_folder):
     """Three prompts a rank and rollout less the one that is missing, answers of every length, fillers: float64."""
     common = ["--trainer.precision", "64-true", "--model.num_minibatches", "3", "--data.max_tokens", "60"]
     runs = {}
     for config in ("ppo", "grpo"):
-        args = arguments(config, *common)
+        own = ["--model.value_model", tiny_model_folder] if config == "ppo" else []
+        args = arguments(config, *common, *own)
         one = start([*args, "--run", f"{config}-one"], tmp_path)
         assert one.returncode == 0, one.stderr[-2000:]
         two = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--run", f"{config}-two"]

@@ -18,6 +18,7 @@ from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.rollout.rewards import RewardShaping
 from ftlit.stages import PPO, SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
+from ftlit.testing.tiny import tiny_classifier
 
 STRATEGIES = {
     "full": Full,
@@ -40,6 +41,15 @@ def rows(tmp_path):
             turns = [{"role": "user", "content": "Say " + "so " * (number % 4) + str(number)}]
             turns += [{"role": "assistant", "content": "abc"}] if number % 2 else []
             file.write(json.dumps({"messages": turns, "number": number}) + "\n")
+    return str(path)
+
+
+def answered_rows(rows):
+    path = Path(rows).with_name("sft.jsonl")
+    with path.open("w") as file:
+        for number in range(9):
+            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * (number % 3 + 1)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
     return str(path)
 
 
@@ -228,7 +238,7 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
         inputs = [*names.values(), *(head if kind.startswith("gae") else [])]
         grads = torch.autograd.grad(value, inputs, allow_unused=True)
         for name, grad in zip(
-            [f"policy.lm.{n}" for n in names] + ["value_head.weight", "value_head.bias"], grads, strict=False
+            [f"policy.lm.{n}" for n in names] + ["critic.weight", "critic.bias"], grads, strict=False
         ):
             # RMSNorm rounds to float32 inside: by the size of the gradient.
             size_of = max(1.0, grad.abs().max().item())
@@ -303,9 +313,50 @@ def test_steps_epochs_and_rollouts(rows):
 def test_the_value_head_has_its_own_rate(rows):
     stage, record, runner = train(rows, steps=2, lr=1e-2, value_lr=0.03)
     rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in stage.value_head.parameters()} == {0.03}
+    assert {rates[id(p)] for p in stage.critic.parameters()} == {0.03}
     assert {rates[id(p)] for p in stage.policy.parameters()} == {0.01}
     assert record.steps[0]["train/lr"] == 0.01
+
+
+def test_a_value_model_of_its_own(rows):
+    """A reward model keeps its head; values and gradients are those of one answer at a time, the policy's its own."""
+    critic = tiny_classifier("llama", labels=1, vocab_size=259)
+    options = {"steps": 1, "num_minibatches": 1, "value_lr": 0.03, "value_coef": 0.3, "value_clip": None}
+    stage, record, runner = train(rows, data={"max_tokens": 70}, value_model=critic, **options)
+    found = record.found[0]
+    values = []
+    for prompt, answer in zip(found.prompts, found.answers, strict=True):
+        states = critic.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state
+        values.append(critic.score(states)[0, len(prompt) - 1 : -1, 0])
+    values = torch.cat(values)
+    torch.testing.assert_close(found.tokens["values"], values.detach(), rtol=0, atol=1e-5)
+    loss = 0.3 * 0.5 * (values - found.tokens["returns"]).square().mean()
+    names = dict(critic.named_parameters())
+    for name, grad in zip(names, torch.autograd.grad(loss, list(names.values())), strict=True):
+        torch.testing.assert_close(record.grads[0][f"critic.lm.{name}"], grad, rtol=0, atol=1e-5)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in stage.critic.parameters()} == {0.03}
+    _, alone, _ = train(rows, data={"max_tokens": 70}, value_model=critic, **{**options, "value_coef": 0.0})
+    for name, grad in alone.grads[0].items():
+        assert torch.equal(record.grads[0][name], grad) or not name.startswith("policy.")
+
+
+def test_a_value_model_from_a_language_model_starts_at_zero(rows):
+    """A copy, even of the policy itself, with its own strategy; added rows and learning go on beside it."""
+    lm = tiny_lm("llama", vocab_size=259)
+    replay = Replay(answered_rows(rows), objective="ce", ratio=0.5)
+    more = {"value_lr": 0.02, "kl": KLPenalty(0.0), "update_epochs": 4}
+    stage, record, _ = train(
+        rows, LoRA(rank=2), lm=lm, steps=8, value_model=lm, value_peft=LoRA(rank=3), callbacks=[replay], **more
+    )
+    assert record.steps[0]["val/explained_variance"] == 0.0
+    assert not record.found[0].tokens["values"].any()
+    errors = [step["loss/value"] for step in record.steps[:8]]
+    assert sum(errors[-2:]) < 0.7 * sum(errors[:2])
+    trained = {name for name, parameter in stage.critic.named_parameters() if parameter.requires_grad}
+    assert all("lora" in name or name == "lm.score.weight" for name in trained)
+    assert stage.critic.lm.model is not lm.model
+    assert stage.critic.lm.model.layers[0].mlp.up_proj.lora_A.shape[0] == 3
 
 
 def test_every_minibatch_comes_once_in_each_pass_in_changing_order(rows):
@@ -397,11 +448,7 @@ def test_the_weight_of_the_penalty_is_steered(rows):
 
 def test_replay_beside_the_rollouts(rows):
     """Added rows are counted against the trained tokens, reach the loss, and weight 0 is as if they were not there."""
-    sft = rows.replace("rows.jsonl", "sft.jsonl")
-    with open(sft, "w") as file:
-        for number in range(9):
-            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * (number % 3 + 1)}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    sft = answered_rows(rows)
     make = lambda weight: Replay(sft, objective="ce", ratio=0.5, weight=weight)  # noqa: E731
     plain, first, _ = train(rows, steps=8)
     none, _, _ = train(rows, steps=8, callbacks=[make(0.0)])
@@ -437,6 +484,10 @@ def test_replay_beside_the_rollouts(rows):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"value_clip": 0.0}, "value_clip must be positive or left out"),
         ({"entropy_coef": -1.0}, "entropy_coef must be at least 0"),
+        ({"value_lr": 0.0}, "value_lr must be positive or left out"),
+        ({"advantage": GRPO(), "num_answers": 2, "value_model": "x"}, "GRPO has no use for values"),
+        ({"value_model": "x", "value_detached": True}, "value_detached is for a value head"),
+        ({"value_peft": LoRA()}, "model.value_model, which is missing"),
     ],
 )
 def test_settings_out_of_range(options, says):
