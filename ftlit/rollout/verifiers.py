@@ -16,6 +16,9 @@ from typing_extensions import override
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics.text import normalize
 
+# Who names one of these is called by name.
+_NAMED = ("completions", "completion_ids")
+
 Prompt = list[dict[str, str]]
 """The turns before the answer: `[{"role": "user", "content": "..."}]`."""
 
@@ -36,7 +39,8 @@ class Verifier(ABC):
             prompts: The turns before each answer.
             completions: The answers.
             columns: The columns of the rows (None where a row lacks one), and `reference`: the answer that the row
-                holds as its last assistant turn, or None; a column of that name wins.
+                holds as its last assistant turn, or None; a column of that name wins. While training on rewards also
+                `completion_ids`, the tokens of each answer.
 
         Returns:
             One finite number an answer, as a rule 1 for right and 0 for wrong.
@@ -170,7 +174,7 @@ def verify(
     Raises:
         ConfigError: If that is not one finite number an answer.
     """
-    return _finite(name_of(verifier), ask(verifier, prompts, completions, columns), completions)
+    return finite(name_of(verifier), ask(verifier, prompts, completions, columns), completions)
 
 
 def ask(
@@ -197,14 +201,14 @@ def ask(
 def _arguments(
     verifier: Callable[..., Any], prompts: list[Prompt], completions: list[str], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What it is called with: by name where it names its completions so, else prompts and completions come first."""
+    """What it is called with: by name where it names the completions, else prompts and completions come first."""
     try:
         parameters = list(inspect.signature(verifier).parameters.values())
     except (TypeError, ValueError):  # not written in Python
         return [prompts, completions], dict(columns)
     first: list[Any] = []
     given: dict[str, Any] = dict(columns)
-    if any(one.name == "completions" and one.kind is not one.POSITIONAL_ONLY for one in parameters):
+    if any(one.name in _NAMED and one.kind is not one.POSITIONAL_ONLY for one in parameters):
         given |= {"prompts": prompts, "completions": completions}
     else:
         first = [prompts, completions]
@@ -221,7 +225,7 @@ def _arguments(
     return first, given
 
 
-def _finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list[float]:
+def finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list[float]:
     """The values as numbers.
 
     Raises:
@@ -239,4 +243,15 @@ def _finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> lis
     return numbers
 
 
-__all__ = ["Contains", "FinalNumber", "Prompt", "Verifier", "final_number", "name_of", "resolve", "verify"]
+__all__ = [
+    "Contains",
+    "FinalNumber",
+    "Prompt",
+    "Verifier",
+    "ask",
+    "final_number",
+    "finite",
+    "name_of",
+    "resolve",
+    "verify",
+]

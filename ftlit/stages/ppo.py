@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -49,7 +49,8 @@ class PPO(Stage):
     Args:
         args: Arguments of every stage.
         reward: What an answer is worth: the import path of a function `(prompts, completions, **columns) ->
-            list[float]` such as `mymodule.check`, a `Verifier`, or a list of those.
+            list[float]` such as `mymodule.check`, a `Verifier`, or a list of those. In the place of a number it may say
+            a list: a reward for each token of the column `completion_ids`.
         reward_weights: One number for each reward; 1 each when left out.
         shaping: Clipping, whitening, terms of end and length.
         advantage: How rewards become advantages: `GAE` (with a value head, when left out), `GRPO`, `RLOO`, `ReMax`.
@@ -81,6 +82,7 @@ class PPO(Stage):
     """
 
     best_by = ("val/reward", "max")
+    progress: ClassVar[dict[str, str]] = {"reward": "objective/scores", "kl": "objective/kl"}
 
     def __init__(
         self,
@@ -330,7 +332,8 @@ class PPO(Stage):
         lengths = [len(prompt) for prompt in found.prompts]
         tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))
         apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
-        each = [torch.ones(len(rows)), self.rewards.weighted(made.said), apart, found.lengths, made.ended, *made.said]
+        each = [torch.ones(len(rows)), self.rewards.weighted(made.said.scores), apart, found.lengths, made.ended]
+        each += made.said.scores
         counts = torch.stack([one.double().sum() for one in each])
         self._sums[name] = self._sums.get(name, torch.zeros_like(counts)) + counts
         self.rollouts.keep(name if loop == "val" else loop, made)

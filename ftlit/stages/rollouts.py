@@ -19,6 +19,7 @@ from ftlit.objectives.policy_gradient import reduction_weights
 from ftlit.rollout.experience import Experience, Micro, cut
 from ftlit.rollout.generate import Answer, seed_of
 from ftlit.rollout.generator import Sampling
+from ftlit.rollout.rewards import Said
 
 if TYPE_CHECKING:
     from ftlit.stages.ppo import PPO
@@ -30,11 +31,11 @@ class Answered:
     Attributes:
         rows: The prompts.
         answers: As many to each, prompt by prompt.
-        said: What each reward says of each answer, `[K, S]`.
+        said: What the rewards say of them.
         experience: The same as tokens.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Tensor, found: Experience) -> None:
+    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Said, found: Experience) -> None:
         self.rows, self.answers, self.said, self.experience = rows, answers, said, found
 
     @property
@@ -122,12 +123,16 @@ class Rollouts:
         names = sorted({name for row in repeated for name in row.columns})
         columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
-        said = torch.zeros(len(stage.rewards.functions), 0)
+        tokens, said = (
+            [one.drawn for one in answers],
+            Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0)),
+        )
         if rows:
             stage.rewards.to(stage.device)
             with isolate_rng():  # a reward may draw too
-                said = stage.rewards([row.turns for row in repeated], [self.text(one) for one in answers], columns)
-        return Answered(rows, answers, said, Experience(prompts, numbers, [one.drawn for one in answers], owners))
+                texts = [self.text(one) for one in answers]
+                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
+        return Answered(rows, answers, said, Experience(prompts, numbers, tokens, owners))
 
     def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""
@@ -141,7 +146,9 @@ class Rollouts:
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
-        return rewards.shaped(rewards.weighted(made.said), made.experience.lengths, made.ended, self.total, learn)
+        return rewards.shaped(
+            rewards.weighted(made.said.scores), made.experience.lengths, made.ended, self.total, learn
+        )
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -211,9 +218,11 @@ class Rollouts:
         penalty = torch.zeros_like(old)
         if stage.kl.place == "reward":
             penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
+        scores = self._shaped(made, learn=True).to(old.dtype)
+        apart = made.said.tokens.to(old.dtype) / stage.rewards.scale  # what lies on its token, and not on the last
         outcome = Outcome(
-            scores=self._shaped(made, learn=True).to(old.dtype),
-            token_rewards=penalty,
+            scores=scores - sums(apart, owners, len(scores)),
+            token_rewards=penalty + apart,
             owners=owners,
             groups=torch.tensor(found.owners, dtype=torch.int64),
             values=values,
@@ -241,7 +250,7 @@ class Rollouts:
     def _measure(self, made: Answered, outcome: Outcome, tokens: dict[str, Tensor], returns: Tensor | None) -> None:
         """Means over the answers and tokens of all ranks."""
         rewards, found = self.stage.rewards, made.experience
-        raw = rewards.weighted(made.said)
+        raw = rewards.weighted(made.said.scores)
         means = {
             "objective/kl": sums(tokens["old_logps"] - tokens["reference"], outcome.owners, len(made.answers)),
             "objective/scores": raw,
@@ -251,7 +260,7 @@ class Rollouts:
             "answers/ended": made.ended,
         }
         if len(rewards.names) > 1:
-            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said, strict=True)}
+            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said.scores, strict=True)}
         metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
         metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
         metrics["objective/kl_coef"] = self.kl_coef
@@ -270,7 +279,9 @@ class Rollouts:
             made: The answers.
         """
         rewards, found = self.stage.rewards, made.experience
-        for place, (one, score) in enumerate(zip(made.answers, rewards.weighted(made.said).tolist(), strict=True)):
+        for place, (one, score) in enumerate(
+            zip(made.answers, rewards.weighted(made.said.scores).tolist(), strict=True)
+        ):
             record = {
                 "step": self.stage.trainer.global_step,
                 "set": kind,
@@ -282,7 +293,8 @@ class Rollouts:
             }
             if len(rewards.names) > 1:
                 record |= {
-                    f"reward/{name}": float(said[place]) for name, said in zip(rewards.names, made.said, strict=True)
+                    f"reward/{name}": float(said[place])
+                    for name, said in zip(rewards.names, made.said.scores, strict=True)
                 }
             self.samples.append(record)
 

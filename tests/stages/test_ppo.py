@@ -436,6 +436,33 @@ def test_rewards_see_turns_answers_and_columns(rows):
     assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+def test_rewards_of_single_tokens(rows, whiten):
+    """Each counts from its token on; what shaping does lies on the last. Other advantages see their sum."""
+
+    def odd_tokens(completion_ids, **columns):
+        return [[float(token % 2) for token in answer] for answer in completion_ids]
+
+    shaping = RewardShaping(whiten=whiten, missing_end_penalty=0.5)
+    options = {"reward": odd_tokens, "shaping": shaping, "steps": 1}
+    _, record, _ = train(rows, advantage=GAE(lam=1.0, whiten=False), **options)
+    found = record.found[0]
+    totals = torch.tensor([float(sum(token % 2 for token in answer)) for answer in found.answers])
+    mean, std = (totals.mean(), totals.std()) if whiten else (0.0, 1.0)
+    expected = []
+    for answer in found.answers:  # values are 0: the advantage is the return
+        each = [token % 2 / std for token in answer]
+        last = -mean / std - 0.5 * (answer[-1] != 2)
+        expected += [sum(each[place:]) + last for place in range(len(answer))]
+    torch.testing.assert_close(found.tokens["advantages"], torch.tensor(expected), rtol=0, atol=1e-5)
+    assert record.steps[0]["objective/scores"] == pytest.approx(totals.mean().item())
+    summed = lambda completion_ids: [float(sum(token % 2 for token in answer)) for answer in completion_ids]  # noqa: E731
+    options |= {"advantage": GRPO(), "num_answers": 3}
+    _, ours, _ = train(rows, **options)
+    _, theirs, _ = train(rows, **{**options, "reward": summed})
+    torch.testing.assert_close(ours.found[0].tokens["advantages"], theirs.found[0].tokens["advantages"])
+
+
 def test_the_weight_of_the_penalty_is_steered(rows):
     options = {"kl": KLPenalty(coef=0.1, target=1e-3), "lr": 0.05, "update_epochs": 1, "num_minibatches": 1}
     _, record, _ = train(rows, steps=6, **options)
