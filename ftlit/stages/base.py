@@ -91,6 +91,8 @@ class Stage(L.LightningModule):
 
     loss_unit: ClassVar[str] = "nats a trained token"
     """What the loss is measured in."""
+    progress: ClassVar[dict[str, str]] = {"loss": "train/loss"}
+    """Step metrics that the progress shows, and what they are called there."""
     best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
     """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
@@ -539,7 +541,7 @@ class Stage(L.LightningModule):
         """Logs the step: means over all its targets on all ranks, speed, rate, gradient norm."""
         self.log_position()
         for name, value in self.step_metrics.items():
-            shown = name in ("train/loss", "train/tokens_per_s")
+            shown = name in (*self.progress.values(), "train/tokens_per_s")
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)
         if self.trainer.global_step >= self.planned_steps:
             # So that Lightning validates the last step, wherever in an epoch and whatever else it was told.

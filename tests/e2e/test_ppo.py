@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert rows[1]["objective/kl"] == 0.0
     assert "train: 9 prompts" in ftlit.out
     assert "for each rollout of 4 prompts x" in ftlit.out
+    assert re.search(r"step 8/8  reward \d\.\d{4}  kl -?\d+\.\d{4}  lr ", ftlit.out)
     samples = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
     assert {one["set"] for one in samples} == {"train", "main"}
     assert Path("r/adapter/last/adapter_model.safetensors").exists()
