@@ -146,8 +146,8 @@ class Rewards:
         Raises:
             ConfigError: If a reward does not return one finite number an answer, or one for each of its tokens.
         """
-        scores = torch.zeros(len(self.functions), len(completions))
-        each = [torch.zeros(len(one)) for one in tokens]
+        scores = torch.zeros(len(self.functions), len(completions), dtype=torch.float32)
+        each = [torch.zeros(len(one), dtype=torch.float32) for one in tokens]
         columns = {**columns, "completion_ids": tokens}
         for number, (function, weight) in enumerate(zip(self.functions, self.weights, strict=True)):
             name, values = name_of(function), ask(function, prompts, completions, columns)
@@ -159,11 +159,11 @@ class Rewards:
                         f"reward {name} gave {len(value)} numbers for an answer of {len(tokens[place])} tokens; give "
                         "one for each of completion_ids, or one for the answer."
                     )
-                found = torch.tensor(finite(name, value, [completions[place]] * len(value)))
+                found = torch.tensor(finite(name, value, [completions[place]] * len(value)), dtype=torch.float32)
                 each[place] += weight * found
                 values[place] = found.sum()
-            scores[number] = torch.tensor(finite(name, values, completions))
-        return Said(scores, torch.cat([*each, torch.zeros(0)]))
+            scores[number] = torch.tensor(finite(name, values, completions), dtype=torch.float32)
+        return Said(scores, torch.cat([*each, torch.zeros(0, dtype=torch.float32)]))
 
     def to(self, device: torch.device | str) -> None:
         """Moves the rewards that are models."""
@@ -173,7 +173,7 @@ class Rewards:
 
     def weighted(self, scores: Tensor) -> Tensor:
         """The weighted sum, `[S]`."""
-        return torch.tensor(self.weights, dtype=scores.dtype) @ scores
+        return (torch.tensor(self.weights, dtype=scores.dtype)[:, None] * scores).sum(0)  # autocast rounds products
 
     @property
     def scale(self) -> float:

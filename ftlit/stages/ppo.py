@@ -208,6 +208,7 @@ class PPO(Stage):
     def setup(self, stage: str) -> None:
         """Checks that the data are prompts, and enough of them."""
         super().setup(stage)
+        self.loader, self._resumed = None, (None, 0)
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptData):
             raise ConfigError(f"PPO trains on prompts: use PromptData, not {type(data).__name__}.")
@@ -236,6 +237,8 @@ class PPO(Stage):
 
     def rollout_loader(self) -> RolloutLoader:
         """What the data module yields for training."""
+        if self.loader is not None and self.loader.experience is not None:  # asked again: the run goes on
+            self._resumed = self.loader.experience, 0
         experience, first = self._resumed
         added = None
         if self.data.added_rows:
@@ -270,9 +273,10 @@ class PPO(Stage):
         """Losses of policy, value, KL and entropy, each token weighted as the policy's loss says."""
         known, real = batch.extras, batch.target_weights.to(scores.logps.dtype)
         owners = batch.target_segments.unique_consecutive(return_inverse=True)[1]
-        policy = self.policy_loss(scores.logps, known["old_logps"], known["advantages"], owners)
+        logps = scores.logps.where(real > 0, known["old_logps"])  # a filler must not overflow
+        policy = self.policy_loss(logps, known["old_logps"], known["advantages"], owners)
         loss = policy.loss
-        log_ratios = (scores.logps - known["old_logps"]).detach()
+        log_ratios = (logps - known["old_logps"]).detach()
         ratios = log_ratios.exp()
         means = {
             "policy/approxkl": ratios - 1 - log_ratios,
@@ -281,7 +285,7 @@ class PPO(Stage):
         }
         totals = {"loss/policy": policy.loss}
         if self.kl.place == "loss" and self.rollouts.kl_coef:
-            loss = loss + self.rollouts.kl_coef * kl_estimate(scores.logps, known["reference"], self.kl.estimator)
+            loss = loss + self.rollouts.kl_coef * kl_estimate(logps, known["reference"], self.kl.estimator)
         if self.entropy_coef:
             assert scores.entropy is not None
             loss = loss - self.entropy_coef * scores.entropy

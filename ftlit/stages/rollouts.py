@@ -129,7 +129,7 @@ class Rollouts:
         )
         if rows:
             stage.rewards.to(stage.device)
-            with isolate_rng():  # a reward may draw too
+            with isolate_rng(), _plain(stage.device):  # a reward may draw too
                 texts = [self.text(one) for one in answers]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
         return Answered(rows, answers, said, Experience(prompts, numbers, tokens, owners))
@@ -261,6 +261,10 @@ class Rollouts:
         }
         if len(rewards.names) > 1:
             means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said.scores, strict=True)}
+        if (each := self.stage.sampling.num_answers) > 1:
+            grouped = raw.reshape(-1, each)
+            # Prompts that teach nothing: all answers have one reward.
+            means["objective/alike"] = grouped.amax(1) == grouped.amin(1)
         metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
         metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
         metrics["objective/kl_coef"] = self.kl_coef
@@ -318,6 +322,18 @@ class Rollouts:
         began = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - began
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Context in which the precision of the run is not that of other models; a validation is inside of the run's."""
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(was)
 
 
 __all__ = ["Answered", "Rollouts"]

@@ -14,6 +14,7 @@ from ftlit.forgetting import Replay
 from ftlit.objectives.advantages import GAE, GRPO, RLOO, ReMax
 from ftlit.objectives.kl import KLPenalty
 from ftlit.objectives.policy_gradient import CISPO, DAPO, GSPO, DrGRPO
+from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.rollout.rewards import RewardShaping
 from ftlit.stages import PPO, SFT
@@ -79,11 +80,13 @@ def train(
     stage.tokenizer = tiny_tokenizer()
     prompts = PromptData(train=rows, **{"batch_size": 6, **(data or {})})
     record = Record()
-    settings = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, **(trainer or {})}
+    precision = "64-true" if dtype == torch.float64 else "32-true"
+    settings = {
+        "max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, "precision": precision, **(trainer or {})
+    }  # fmt: skip
     runner = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, precision="64-true" if dtype == torch.float64 else "32-true",
-        callbacks=[record, *callbacks], default_root_dir=rows.rsplit("/", 1)[0], **settings,
+        enable_model_summary=False, callbacks=[record, *callbacks], default_root_dir=rows.rsplit("/", 1)[0], **settings,
     )  # fmt: skip
     runner.fit(stage, prompts)
     return stage, record, runner
@@ -310,6 +313,31 @@ def test_steps_epochs_and_rollouts(rows):
     assert all("policy/approxkl" in step and "loss/value" in step for step in record.steps)
 
 
+def test_a_loader_that_is_asked_for_again_goes_on(rows):
+    settings = {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}
+    stage, record, _ = train(rows, steps=-1, trainer=settings)
+    assert [found.number for found in record.found] == [step // 4 for step in range(24)]
+    again = Record()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet["default_root_dir"] = str(Path(rows).parent)
+    trainer = L.Trainer(accelerator="cpu", max_steps=2, max_epochs=-1, callbacks=[again], **quiet)
+    trainer.fit(stage, PromptData(train=rows, batch_size=6))  # another run of the same stage begins anew
+    assert [found.number for found in again.found] == [0, 0]
+    assert again.steps[0]["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_filler_counts_nothing(rows):
+    """Even where its token could hardly be less likely."""
+    stage, record, _ = train(rows, steps=1, kl=KLPenalty(0.1, "loss", "k3"), advantage=GRPO(), num_answers=2)
+    batch = record.found[0].pack(())
+    logps = torch.full((1,), -200.0, requires_grad=True)
+    result = stage.micro_loss(batch, TokenScores(logps, torch.tensor([False])))
+    (grad,) = torch.autograd.grad(result.loss, logps)
+    assert result.loss == 0
+    assert grad == 0
+    assert all(value == 0 for value in result.sums.values())
+
+
 def test_the_value_head_has_its_own_rate(rows):
     stage, record, runner = train(rows, steps=2, lr=1e-2, value_lr=0.03)
     rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
@@ -421,6 +449,7 @@ def test_rewards_see_turns_answers_and_columns(rows):
         "shaping": RewardShaping(clip=9.0),
     }
     _, record, _ = train(rows, steps=1, **options)
+    assert record.steps[0]["objective/alike"] == 1.0  # both answers to a prompt have one reward
     prompts, completions, numbers, references = calls[0]
     assert len(prompts) == len(completions) == 12
     assert numbers[::2] == numbers[1::2]
@@ -434,6 +463,22 @@ def test_rewards_see_turns_answers_and_columns(rows):
     assert record.steps[0]["objective/rlhf_reward"] == pytest.approx(sum(min(2.0 * n - 1, 9.0) for n in numbers) / 12)
     kept = [json.loads(line) for line in Path(rows).with_name("rollouts.jsonl").read_text().split("\n") if line]
     assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_rewards_have_a_precision_of_their_own(rows, precision):
+    """The same in a rollout and in a validation, which Lightning runs in that of the run."""
+    seen = []
+
+    def exact(prompts, completions, **columns):
+        seen.append((torch.get_default_dtype(), torch.is_autocast_enabled("cpu")))
+        return [1.0009765625 for _ in completions]  # bfloat16 would say 1
+
+    more = {"precision": precision, "num_sanity_val_steps": -1}
+    stage, record, _ = train(rows, steps=1, reward=exact, data={"validation": 0.25}, trainer=more)
+    assert len(seen) >= 3
+    assert set(seen) == {(torch.float32, False)}
+    assert stage.last_metrics["val/reward"] == record.steps[0]["objective/scores"] == 1.0009765625
 
 
 @pytest.mark.parametrize("whiten", [False, True])
