@@ -152,6 +152,8 @@ class Stage(L.LightningModule):
         self._batch = StepBatch([], self.totals)
         self._validated_at = -1
 
+    drawn_tokens: int = 0
+    """Most tokens that the policy draws for each row and is trained on."""
     predicts_tokens: ClassVar[bool] = False
     """Whether its targets are tokens of given rows that the language model predicts."""
 

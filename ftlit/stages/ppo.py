@@ -117,6 +117,7 @@ class PPO(Stage):
         self.advantage, self.policy_loss, self.kl = advantage or GAE(), loss or PPOClip(), kl or KLPenalty()
         self.num_answers, self.update_epochs, self.num_minibatches = num_answers, update_epochs, num_minibatches
         self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p)
+        self.drawn_tokens = num_answers * max_new_tokens
         self.generator = generator or BatchedGenerator()
         self.entropy_coef, self.target_kl = entropy_coef, target_kl
         self.value_coef, self.value_clip, self.value_detached = value_coef, value_clip, value_detached

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 
+from ftlit.callbacks.report import _KEPT_FULL, estimate
 from ftlit.data.prompts import PromptData
 from ftlit.errors import ConfigError
 from ftlit.forgetting import Replay
@@ -311,6 +312,22 @@ def test_steps_epochs_and_rollouts(rows):
     assert scores == [scores[step // 4 * 4] for step in range(24)]
     assert len(set(scores)) > 3
     assert all("policy/approxkl" in step and "loss/value" in step for step in record.steps)
+
+
+def test_the_memory_of_answers_and_of_a_value_model_is_counted(rows):
+    more = {"steps": 1, "data": {"max_tokens": None}}
+    short, long, valued = (
+        estimate(stage, stage.data)
+        for stage in (
+            train(rows, **more)[0],
+            train(rows, num_answers=4, max_new_tokens=9, **more)[0],
+            train(rows, value_model=tiny_lm("llama", vocab_size=259), **more)[0],
+        )
+    )
+    per_token = 16 * 2 * _KEPT_FULL * 4  # width, layers, what is kept of each, bytes
+    assert long - short == pytest.approx(6 * (4 * 9 - 6) * per_token)
+    own = sum(p.numel() for p in tiny_lm("llama", vocab_size=259).model.parameters())
+    assert valued - short == pytest.approx(4 * 4 * own, rel=0.01)
 
 
 def test_a_loader_that_is_asked_for_again_goes_on(rows):
