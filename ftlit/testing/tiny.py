@@ -40,7 +40,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "granite": ("GraniteConfig", {"logits_scaling": 4.0}),
-    "gpt2": ("GPT2Config", {"n_inner": 24, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_inner": 24, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "num_key_value_heads": 4},
+    ),
 }
 
 

@@ -16,14 +16,12 @@ import argparse
 import csv
 import json
 import math
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from runs import callback, fit_all, logged, summary
 
 STEPS = 40
 DOMAINS = ("chat", "raw", "own")
@@ -71,10 +69,10 @@ def grid(data: Path) -> list[Run]:
     runs += [Run("real", f"real-{seed}", seed, LR, 0.1, _replay(0.1, weight=3.0, rows=chat)) for seed in SEEDS]
     runs += [Run("rate", f"rate-{lr:g}-{seed}", seed, lr, lr) for lr in (1e-4, 2e-3) for seed in SEEDS]
     runs += [
-        Run("l2", f"l2-{steps}", 0, LR, steps, _settings("L2ToInit", {"half_life": steps})) for steps in (45, 15, 5)
+        Run("l2", f"l2-{steps}", 0, LR, steps, callback("L2ToInit", {"half_life": steps})) for steps in (45, 15, 5)
     ]
     runs += [Run("decay", f"decay-{seed}", seed, LR, 0.1, ("--model.weight_decay", "0.1")) for seed in SEEDS]
-    runs += [Run("between", f"alpha-{a}", 0, LR, a, _settings("Interpolate", {"alpha": a})) for a in (0.5, 0.75)]
+    runs += [Run("between", f"alpha-{a}", 0, LR, a, callback("Interpolate", {"alpha": a})) for a in (0.5, 0.75)]
     return runs
 
 
@@ -86,109 +84,81 @@ def further(data: Path) -> list[Run]:
     """
     raw, chat = str(data / "c4_demo.jsonl"), str(data / "alpaca_en_demo.json")
     runs = [
-        Run("full", f"full-{lr:g}-{seed}", seed, lr, lr, ("--model.strategy", "Full"))
+        Run("full", f"full-{lr:g}-{seed}", seed, lr, lr, ("--config", "peft/full"))
         for lr in (1e-5, 5e-5)
         for seed in SEEDS
     ]
     for objective in ("ce", "kl"):
         replay = (*_replay(0.1, weight=1.0, rows=raw), f"--trainer.callbacks.objective={objective}")
         runs += [Run("foreign", f"foreign-{objective}-{seed}", seed, LR, 0.1, replay) for seed in SEEDS]
-    runs += [Run("select", f"{name}-{seed}", seed, LR, 0.0, _callback(name)) for name in _CHOOSE for seed in SEEDS]
-    ewc = (*_callback("EWC"), f"--trainer.callbacks.rows={chat}")
+    runs += [Run("select", f"{name}-{seed}", seed, LR, 0.0, callback(name)) for name in _CHOOSE for seed in SEEDS]
+    ewc = (*callback("EWC"), f"--trainer.callbacks.rows={chat}")
     return [*runs, *(Run("ewc", f"ewc-{seed}", seed, LR, 0.0, ewc) for seed in SEEDS)]
 
 
 _CHOOSE = ("TokenSelection", "SampleWeighting")
 
 
-def _callback(name: str) -> tuple[str, ...]:
-    return (f"--trainer.callbacks+={name}",)
-
-
-def _settings(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*_callback(name), *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items()))
-
-
 def _replay(ratio: float, weight: float, rows: str = "self") -> tuple[str, ...]:
     settings = {"rows": rows, "ratio": ratio, "weight": weight, "num_rows": 96, "max_new_tokens": 64}
-    return _settings("Replay", settings)
+    return callback("Replay", settings)
 
 
 def _budget(share: float) -> tuple[str, ...]:
     settings = {"max_increase": share, "steering_documents": 32, "probes": 10}
-    return (*_replay(0.1, weight=1.0), *_settings("ForgettingBudget", settings | _DOCUMENTS))
+    return (*_replay(0.1, weight=1.0), *callback("ForgettingBudget", settings | _DOCUMENTS))
 
 
 def _judge() -> tuple[str, ...]:
     """Nothing is turned nor taken back: the documents of the verdict are read, that runs can be compared."""
-    return _settings("ForgettingBudget", {"controls": "[]", "project": "false", "probes": 1} | _DOCUMENTS)
+    return callback("ForgettingBudget", {"controls": "[]", "project": "false", "probes": 1} | _DOCUMENTS)
 
 
 _DOCUMENTS = {"documents": 240, "new_tokens": 64}
 
 
-def train(run: Run, model: str, data: Path, out: Path, threads: int) -> float:
-    """Trains one cell; returns its seconds.
+def arguments(run: Run, model: str, data: Path) -> tuple[str, ...]:
+    """What `ftlit fit` is told for a cell.
 
     Args:
         run: The cell.
         model: The start model.
         data: The folder of data.
-        out: The folder of the study.
-        threads: Threads to compute with.
-
-    Raises:
-        RuntimeError: If the run fails.
     """
     domains = {"chat": str(data / "alpaca_en_demo.json"), "raw": str(data / "c4_demo.jsonl"), "own": "self"}
-    folder = out / run.name
-    command = [
-        *(sys.executable, "-m", "ftlit", "fit", "--config", "sft", "--config", "peft/lora", "--run", str(folder)),
-        *("--model.policy", model, "--model.lr", str(run.lr), "--seed_everything", str(run.seed)),
+    probe = {"domains": json.dumps(domains), "max_tokens": 6144, "at_validations": "false"}
+    return (
+        *("--config", "sft", "--config", "peft/lora", "--model.policy", model),
+        *("--model.lr", str(run.lr), "--seed_everything", str(run.seed)),
         *("--data.train", str(data / "gsm8k_train.jsonl"), "--data.columns", "{instruction: question, output: answer}"),
         *("--data.seed", str(run.seed), "--data.validation", "0.006", "--data.max_length", "256"),
         *("--data.batch_size", "4", "--data.max_tokens", "1024", "--trainer.max_steps", str(STEPS)),
         *("--trainer.max_epochs", "-1", "--trainer.precision", "bf16-mixed"),
-        *_settings("ForgettingProbe", {"domains": json.dumps(domains), "max_tokens": 6144, "at_validations": "false"}),
-        *("--trainer.callbacks.own_rows=240", "--trainer.callbacks.own_new_tokens=64"),
-        *(["--ckpt_path", "last"] if (folder / "checkpoints").exists() else []),
+        *callback("ForgettingProbe", probe | {"own_rows": _DOCUMENTS["documents"], "own_new_tokens": 64}),
         *run.args,
-    ]
-    began = time.time()
-    with (out / f"{run.name}.log").open("a", encoding="utf-8") as log:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=env).returncode
-    if status:
-        raise RuntimeError(f"{run.name} ended with {status}: see {out / run.name}.log")
-    return time.time() - began
+    )
 
 
 def results(data: Path, out: Path) -> Iterator[dict[str, Any]]:
     """What is known of each cell that is done."""
     for run in [*grid(data), *further(data)]:
-        path = out / run.name / "summary.json"
-        if not path.exists():
+        done = summary(out / run.name)
+        if done is None:
             continue
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        start, end = summary["start"], summary["end"]
-        row: dict[str, Any] = {**run._asdict(), "args": " ".join(run.args), "seconds": round(summary["seconds"])}
+        start, end = done["start"], done["end"]
+        row: dict[str, Any] = {**run._asdict(), "args": " ".join(run.args), "seconds": round(done["seconds"])}
         row |= {"learnt": start["val/loss"] - end["val/loss"], "target_loss": end["val/loss"]}
         for domain in DOMAINS:
             for key in ("change", "change_low", "change_high", "kl"):
                 row[f"{domain}_{key}"] = end[f"forgetting/{domain}/{key}"]
         row |= {key: end.get(f"forgetting/{key}") for key in ("target/kl", "weights/change")}
-        row |= {key: end.get(f"forgetting/budget/{key}", _logged(out / run.name, key)) for key in _VERDICT}
+        for key in _VERDICT:
+            values = logged(out / run.name, f"forgetting/budget/{key}")
+            row[key] = values[-1][1] if values else None
         yield row
 
 
 _VERDICT = ("verdict", "verdict_low", "verdict_high", "alpha", "kept")
-
-
-def _logged(folder: Path, key: str) -> float | None:
-    """A number that a budget logged at the end."""
-    with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        values = [row.get(f"forgetting/budget/{key}") for row in csv.DictReader(file)]
-    return next((float(value) for value in reversed(values) if value), None)
 
 
 # ---- claims -----------------------------------------------------------------------------------------------------
@@ -286,23 +256,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.mode == "run":
         if args.model is None:
             parser.error("run needs --model")
         data = args.data.resolve()
         runs = [*grid(data), *further(data)] if args.only else grid(data)
-        todo = [run for run in runs if not args.only or run.group in args.only]
-        todo = [run for run in todo if not (args.out / run.name / "summary.json").exists()]
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-
-        def one(run: Run, threads: int = threads) -> None:
-            print(f"{run.name}: {train(run, args.model, data, args.out, threads):.0f} s", flush=True)
-
-        if todo:  # the first alone: it writes the texts that the others read
-            one(todo.pop(0), os.cpu_count() or 1)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(one, todo))
+        todo = {run.name: arguments(run, args.model, data) for run in runs if not args.only or run.group in args.only}
+        fit_all(todo, args.out, args.jobs)
     rows = list(results(args.data.resolve(), args.out))
     if not rows:
         sys.exit(f"{args.out} holds no finished run.")

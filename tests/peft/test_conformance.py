@@ -174,6 +174,14 @@ class TestPrefixTuningSlidingWindow(PEFTStrategySuite):
         return PrefixTuning(num_virtual_tokens=2, init_std=1.0)
 
 
+class TestPrefixTuningGPT2(PEFTStrategySuite):
+    identity_at_start = False
+    family = "gpt2"
+
+    def make(self):
+        return PrefixTuning(num_virtual_tokens=2, init_std=1.0)
+
+
 @pytest.mark.parametrize("strategy", [LoRA, PrefixTuning, PromptTuning, Full])
 def test_strategies_are_made_without_arguments(strategy):
     assert strategy()

@@ -1,0 +1,193 @@
+"""What preferences teach, and what that costs: DPO with an adapter, of the whole model, on a budget; a reward model.
+
+    python scripts/study/preferences.py run    --model FOLDER --data FOLDER [--only NAME ...] [--jobs 2]
+    python scripts/study/preferences.py report
+
+The folder of data holds `dpo_en_demo.json` (answers that people would choose or reject, with real differences) and
+`alpaca_en_demo.json`, of which a preference is made that can be seen at once: the first sentence of an answer is better
+than the whole. One row in five is held out. `run` trains what is not yet done and can be stopped and started at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runs import callback, fit_all, logged, summary
+
+PEOPLE, GENERAL = "dpo_en_demo.json", "alpaca_en_demo.json"
+BUDGET = 0.02
+_OWN = {"documents": 160, "new_tokens": 64}
+
+
+def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
+    """Arguments of `ftlit fit` for each run.
+
+    Args:
+        model: The start model.
+        data: The folder of data.
+        out: The folder of the study; rows made here are written to it.
+    """
+    common = (
+        *("--model.policy", model, "--seed_everything", "0", "--trainer.precision", "bf16-mixed"),
+        *("--data.validation", "0.2", "--data.batch_size", "8", "--data.max_tokens", "2048"),
+    )
+    domains = {"chat": str(data / GENERAL), "own": "self"}
+    probe = callback(
+        "ForgettingProbe",
+        {"domains": json.dumps(domains), "max_tokens": 4096, "own_rows": _OWN["documents"], "kl": "false"}
+        | {"own_new_tokens": _OWN["new_tokens"]},
+    )
+    people = (*common, "--data.train", str(data / PEOPLE), "--data.max_length", "512", "--trainer.max_epochs", "1")
+    lora = ("--config", "dpo", *people, "--model.lr", "1e-4", *probe)
+    replay = callback("Replay", {"num_rows": 96, "max_new_tokens": 64})
+    held = callback("ForgettingBudget", {"max_increase": BUDGET, "steering_documents": 32, "probes": 8} | _OWN)
+    asked = callback("GenerationEval", {"num_rows": 24, "max_new_tokens": 128})
+    shorter = (
+        *("--config", "dpo", *common, "--data.train", str(_shorter(data / GENERAL, out / "shorter.jsonl"))),
+        *("--data.max_length", "384", "--trainer.max_steps", "24", "--trainer.max_epochs", "-1"),
+        *("--model.lr", "1e-4", *probe, *asked),
+    )
+    reward = (
+        *("--config", "reward", "--config", "peft/lora", *people, "--trainer.max_epochs", "2"),
+        *("--data.validation", "0.4", "--model.lr", "2e-4"),
+    )
+    return {
+        "lora": lora,
+        "full": ("--config", "dpo", "--config", "peft/full", *people, "--model.lr", "5e-6", *probe),
+        "budget": (*lora, *replay, *held),
+        "shorter": shorter,
+        "reward": reward,
+    }
+
+
+def _shorter(rows: Path, path: Path) -> Path:
+    """Writes pairs of the first sentence of an answer (chosen) and the whole (rejected)."""
+    found = []
+    for row in json.loads(rows.read_text(encoding="utf-8")):
+        answer = row["output"].strip()
+        first = re.match(r"[^\n]{20,200}?[.!?](?=\s|$)", answer)
+        if first is None or len(answer.split()) < 40:
+            continue
+        prompt = "\n".join(filter(None, [row["instruction"], row["input"]]))
+        found.append({"prompt": prompt, "chosen": first[0], "rejected": answer})
+    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found), encoding="utf-8")
+    return path
+
+
+# ---- what was found ---------------------------------------------------------------------------------------------
+
+
+def findings(out: Path) -> Iterator[str]:
+    """What is known of the runs that are done, in lines."""
+    for name in ("lora", "full", "budget", "shorter"):
+        folder = out / name
+        if (done := summary(folder)) is not None:
+            yield from _of_dpo(name, done, folder)
+    answers = out / "shorter" / "samples.jsonl"
+    if answers.exists():
+        yield from _of_answers(answers)
+    if (done := summary(out / "reward")) is not None:
+        start, end = done["start"], done["end"]
+        yield (
+            f"reward: held-out accuracy {start['val/accuracy']:.3f} -> {_bounded(end, 'val/accuracy')}, "
+            f"loss {start['val/loss']:.4f} -> {end['val/loss']:.4f}, "
+            f"calibration error {end['val/calibration_error']:.3f}"
+        )
+
+
+def _of_dpo(name: str, done: dict[str, Any], folder: Path) -> Iterator[str]:
+    start, end = done["start"], done["end"]
+    own, chat = (end[f"forgetting/{domain}/change"] for domain in ("own", "chat"))
+    yield (
+        f"{name}: {done['optimizer_steps']} steps, {done['seconds']:.0f} s; held out: loss {start['val/loss']:.4f} -> "
+        f"{end['val/loss']:.4f}, margin {_bounded(end, 'val/rewards/margins')}, accuracy "
+        f"{_bounded(end, 'val/rewards/accuracies')}; perplexity of own text {math.expm1(own):+.1%} "
+        f"[{math.expm1(end['forgetting/own/change_low']):+.1%}, {math.expm1(end['forgetting/own/change_high']):+.1%}], "
+        f"of general answers {math.expm1(chat):+.1%}"
+    )
+    verdict = [logged(folder, f"forgetting/budget/{key}") for key in ("verdict", "verdict_low", "verdict_high", "kept")]
+    if all(verdict):
+        value, low, high, kept = (values[-1][1] for values in verdict)
+        yield (
+            f"  budget {BUDGET:.0%}: {'met' if value <= math.log1p(BUDGET) else 'NOT met'}, "
+            f"{math.expm1(value):+.1%} [{math.expm1(low):+.1%}, {math.expm1(high):+.1%}], kept {kept:.0%} of the gain"
+        )
+
+
+def _bounded(values: dict[str, float], key: str) -> str:
+    return f"{values[key]:.3f} [{values[f'{key}_low']:.3f}, {values[f'{key}_high']:.3f}]"
+
+
+def _of_answers(path: Path) -> Iterator[str]:
+    """Lengths, and three answers, before and after."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
+    sides = [{row["row"]: row for row in rows if row["step"] == step} for step in (first, last)]
+    words = [statistics.mean(len(row["answer"].split()) for row in side.values()) for side in sides]
+    yield f"shorter: {words[0]:.0f} words an answer before, {words[1]:.0f} after, {len(sides[0])} held-out questions"
+    for number in list(sides[0])[:3]:
+        prompt = sides[0][number]["prompt"]
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        yield f"  {' '.join(question.split())[:120]}"
+        for label, side in zip(("before", "after"), sides, strict=True):
+            yield f"    {label:<7} {' '.join(side[number]['answer'].split())[:220]}"
+
+
+def draw(out: Path) -> None:
+    """Held-out margins and forgetting over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    for name in ("lora", "full", "budget"):
+        folder = out / name
+        if summary(folder) is None:
+            continue
+        for axes, key in ((top, "rewards/margins"), (bottom, "forgetting/own/change")):
+            points = logged(folder, key)
+            axes.plot([step for step, _ in points], [value for _, value in points], "o-", label=name, markersize=3)
+    top.set_ylabel("reward margin of the training pairs")
+    bottom.set_ylabel("change of NLL on its own text,\nnats a token (above 0 is forgotten)")
+    bottom.set_xlabel("optimizer step")
+    for axes in (top, bottom):
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.legend()
+    figure.savefig(out / "preferences.png", dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("run", "report"))
+    parser.add_argument("--model", help="the start model, a transformers folder")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
+    parser.add_argument("--out", type=Path, default=Path("runs/preferences"), help="the folder of the study")
+    parser.add_argument("--only", nargs="*", help="runs: lora, full, budget, shorter, reward; all when left out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.mode == "run":
+        if args.model is None:
+            parser.error("run needs --model")
+        runs = grid(args.model, args.data.resolve(), args.out.resolve())
+        fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
+    found = list(findings(args.out))
+    if not found:
+        sys.exit(f"{args.out} holds no finished run.")
+    draw(args.out)
+    print("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What the studies share: runs of `ftlit fit`, each in a process of its own, stopped and started at will."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def callback(name: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The arguments that add a callback.
+
+    Args:
+        name: Its class.
+        settings: Its arguments.
+    """
+    given = (f"--trainer.callbacks.{key}={value}" for key, value in (settings or {}).items())
+    return (f"--trainer.callbacks+={name}", *given)
+
+
+def fit(folder: Path, args: Sequence[str], threads: int) -> float:
+    """Trains one run, or goes on with it; returns its seconds.
+
+    Args:
+        folder: Its folder; what it prints is kept beside it, in a file of the same name that ends in `.log`.
+        args: Arguments of `ftlit fit`.
+        threads: Threads to compute with.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    again = ["--ckpt_path", "last"] if (folder / "checkpoints").exists() else []
+    command = [sys.executable, "-m", "ftlit", "fit", *args, "--run", str(folder), *again]
+    where = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(where)}
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    began = time.time()
+    log = folder.with_name(folder.name + ".log")
+    with log.open("a", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, env=env).returncode
+    if status:
+        raise RuntimeError(f"{folder.name} ended with {status}: see {log}")
+    return time.time() - began
+
+
+def fit_all(runs: Mapping[str, Sequence[str]], out: Path, jobs: int = 1) -> None:
+    """Trains what is not yet done.
+
+    The first run is alone: it writes the texts and scores that others only read.
+
+    Args:
+        runs: Arguments of `ftlit fit` by the name of the run.
+        out: The folder of the runs.
+        jobs: Runs at a time; they share the cores.
+
+    Raises:
+        RuntimeError: If one fails.
+    """
+    todo = [name for name in runs if not (out / name / "summary.json").exists()]
+    cores = os.cpu_count() or 1
+
+    def one(name: str, threads: int) -> None:
+        print(f"{name}: {fit(out / name, runs[name], threads):.0f} s", flush=True)
+
+    if todo:
+        one(todo.pop(0), cores)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda name: one(name, max(1, cores // jobs)), todo))
+
+
+def summary(folder: Path) -> dict[str, Any] | None:
+    """What a run left in `summary.json`; None where it is not done."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def logged(folder: Path, key: str) -> list[tuple[int, float]]:
+    """A metric over the steps, from `metrics.csv`."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
+
+
+__all__ = ["callback", "fit", "fit_all", "logged", "summary"]
