@@ -199,7 +199,10 @@ class PPO(Stage):
 
     def lr_factor(self, name: str) -> float:
         """The values have a rate of their own."""
-        return self.value_lr / self.lr if name.startswith("critic.") else super().lr_factor(name)
+        if not name.startswith("critic."):
+            return super().lr_factor(name)
+        own = 1.0 if self.value_strategy is None else self.value_strategy.lr_factor(name)
+        return own * self.value_lr / self.lr
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The values' own come last: the rate that is logged is the policy's."""

@@ -391,8 +391,9 @@ def test_a_value_model_from_a_language_model_starts_at_zero(rows):
     lm = tiny_lm("llama", vocab_size=259)
     replay = Replay(answered_rows(rows), objective="ce", ratio=0.5)
     more = {"value_lr": 0.02, "kl": KLPenalty(0.0), "update_epochs": 4}
-    stage, record, _ = train(
-        rows, LoRA(rank=2), lm=lm, steps=8, value_model=lm, value_peft=LoRA(rank=3), callbacks=[replay], **more
+    own = LoRA(rank=3, lr_ratio_b=4.0)
+    stage, record, runner = train(
+        rows, LoRA(rank=2), lm=lm, steps=8, value_model=lm, value_peft=own, callbacks=[replay], **more
     )
     assert record.steps[0]["val/explained_variance"] == 0.0
     assert not record.found[0].tokens["values"].any()
@@ -400,6 +401,9 @@ def test_a_value_model_from_a_language_model_starts_at_zero(rows):
     assert sum(errors[-2:]) < 0.7 * sum(errors[:2])
     trained = {name for name, parameter in stage.critic.named_parameters() if parameter.requires_grad}
     assert all("lora" in name or name == "lm.score.weight" for name in trained)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for name, p in stage.critic.named_parameters() if name.endswith("lora_B")} == {0.08}
+    assert {rates[id(p)] for name, p in stage.policy.named_parameters() if p.requires_grad} == {0.01}
     assert stage.critic.lm.model is not lm.model
     assert stage.critic.lm.model.layers[0].mlp.up_proj.lora_A.shape[0] == 3
 
