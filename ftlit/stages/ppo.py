@@ -173,9 +173,24 @@ class PPO(Stage):
         assert self.policy is not None
         if disable_dropout(self.policy):
             rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
+        self._check_room()
         self.strategy.remember_start(self.policy.lm)
         if self.advantage.uses_values:
             self.critic = self._make_critic()
+
+    def _check_room(self) -> None:
+        """Refuses answers that would go beyond the model: some models break there, others answer nonsense."""
+        assert self.policy is not None
+        rows = getattr(getattr(self._trainer, "datamodule", None), "rows", {})
+        longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
+        own = getattr(self.policy.lm.config, "max_position_embeddings", None)
+        most = min((limit for limit in (own, self.policy.longest) if limit), default=None)
+        room = None if most is None else most - longest - getattr(self.strategy, "num_virtual_tokens", 0)
+        if room is not None and self.sampling.max_new_tokens > room:
+            raise ConfigError(
+                f"model.max_new_tokens is {self.sampling.max_new_tokens}, but the longest prompt has {longest} tokens "
+                f"and the model takes {most} in all: set it to at most {max(room, 0)}, or lower data.max_length."
+            )
 
     def _make_critic(self) -> ValueHead | ValueModel:
         assert self.policy is not None

@@ -591,6 +591,11 @@ def test_settings_out_of_range(options, says):
 def test_settings_that_do_not_go_together(rows):
     with pytest.raises(ConfigError, match="num_minibatches is 9, but a rollout has 6 prompts"):
         train(rows, num_minibatches=9)
+    for family, limit in (("llama", 512), ("gpt2", 512)):
+        with pytest.raises(
+            ConfigError, match=f"longest prompt has 34 tokens and the model takes {limit} .* at most 475"
+        ):
+            train(rows, PromptTuning(3), lm=tiny_lm(family, vocab_size=259), max_new_tokens=476)
     stage = SFT(policy=tiny_lm())
     stage.tokenizer = tiny_tokenizer()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
