@@ -35,6 +35,11 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
 
+    @property
+    def greedy(self) -> Sampling:
+        """One answer, the likeliest token each time."""
+        return self._replace(num_answers=1, temperature=0.0)
+
 
 class Generator(ABC):
     """Answers prompts with the policy as it is now.

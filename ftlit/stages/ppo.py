@@ -7,6 +7,16 @@ the training loader yields, so optimization is Lightning's own, and everything t
 - `trainer.max_steps`, `global_step`, schedules, `warmup`, `val_check_interval`, `every_n_steps`: optimizer steps;
 - an epoch: as many optimizer steps as it takes to answer every prompt once, `prompts / (batch_size x accumulate x
   ranks)` rollouts, rounded up. Where `target_kl` cuts rollouts short, an epoch holds more rollouts instead.
+
+What is logged of a step, under the names that other trainers use:
+
+- of its rollout, means over answers: `objective/scores` (weighted rewards), `objective/rlhf_reward` (shaped, with the
+  penalty where it is part of the reward), `objective/kl` (nats an answer), `objective/alike` (share of the prompts
+  whose answers all got one reward: nothing is learned from them in comparison), `answers/length`, `answers/ended`; over
+  tokens: `policy/entropy` (nats), `val/explained_variance`;
+- of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
+  `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced;
+- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
 """
 
 from __future__ import annotations
@@ -349,8 +359,7 @@ class PPO(Stage):
             return
         name = self._names(loop)[which]
         rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][number] for number in numbers]
-        greedy = self.sampling._replace(num_answers=1, temperature=0.0)
-        made = self.rollouts.answer(rows, numbers, [0] * len(rows), greedy)
+        made = self.rollouts.rewarded(rows, numbers, self.rollouts.draw(rows, [0] * len(rows), self.sampling.greedy))
         found = made.experience
         lengths = [len(prompt) for prompt in found.prompts]
         tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))

@@ -53,7 +53,7 @@ class Rollouts:
     Attributes:
         kl_coef: The present weight of the KL penalty.
         metrics: What was measured of the present rollout.
-        seconds: Time spent so far on drawing, scoring and updating.
+        seconds: Time spent so far on drawing, rewarding, scoring and updating.
         samples: Answers for people that are not written yet.
     """
 
@@ -61,7 +61,7 @@ class Rollouts:
         self._stage = (stage,)  # a tuple, so that it is no child
         self.kl_coef = stage.kl.coef
         self.metrics: dict[str, float] = {}
-        self.seconds = {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+        self.seconds = dict.fromkeys(("rollout", "rewards", "scoring", "update"), 0.0)
         self.samples: list[dict[str, Any]] = []
 
     @property
@@ -84,41 +84,53 @@ class Rollouts:
         with self._timed("rollout"):
             each, seed = stage.sampling.num_answers, stage.data.seed
             seeds = [seed_of(seed, place, k) for part in mine for place, _ in part for k in range(each)]
-            made = self.answer(rows, numbers, seeds, stage.sampling)
-            baselines = self._greedy(rows, numbers) if stage.advantage.uses_greedy else None
+            answers = self.draw(rows, seeds, stage.sampling)
+            likeliest = self.draw(rows, [0] * len(rows), stage.sampling.greedy) if stage.advantage.uses_greedy else []
+        with self._timed("rewards"):
+            made = self.rewarded(rows, numbers, answers)
+            greedy = self.rewarded(rows, numbers, likeliest) if stage.advantage.uses_greedy else None
         found = made.experience
         found.number, found.first_step = number, trainer.global_step
         with self._timed("scoring"):
             self._cut(found, [len(part) for part in mine])
             tokens = self.score(found, [micro for step in found.steps for micro in step])
-            self._estimate(made, tokens, baselines)
+            self._estimate(made, tokens, greedy)
         self.keep("train", made)
         return found
 
     # ---- answers and rewards ----------------------------------------------------------------------------------------
 
-    def answer(
-        self, rows: Sequence[PromptRow], numbers: Sequence[int], seeds: Sequence[int], sampling: Sampling
-    ) -> Answered:
-        """Answers some prompts and rewards the answers.
+    def draw(self, rows: Sequence[PromptRow], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
+        """Answers some prompts.
+
+        Args:
+            rows: The prompts.
+            seeds: Seed of each answer.
+            sampling: How to draw.
+
+        Returns:
+            `num_answers` to each, prompt by prompt.
+        """
+        stage, trainer = self.stage, self.stage.trainer
+        assert stage.policy is not None
+        if not rows:
+            return []
+        with trainer.precision_plugin.forward_context():
+            return stage.generator(
+                stage.policy.lm, stage.strategy, stage.tokenizer, [row.input_ids for row in rows], seeds, sampling,
+                quiet=not trainer.is_global_zero,
+            )  # fmt: skip
+
+    def rewarded(self, rows: Sequence[PromptRow], numbers: Sequence[int], answers: Sequence[Answer]) -> Answered:
+        """Rewards the answers to some prompts.
 
         Args:
             rows: The prompts.
             numbers: The number of each in its set.
-            seeds: Seed of each answer.
-            sampling: How to draw.
+            answers: As many to each, prompt by prompt.
         """
-        stage, trainer = self.stage, self.stage.trainer
-        assert stage.policy is not None
-        prompts = [row.input_ids for row in rows]
-        answers: list[Answer] = []
-        if rows:
-            with trainer.precision_plugin.forward_context():
-                answers = stage.generator(
-                    stage.policy.lm, stage.strategy, stage.tokenizer, prompts, seeds, sampling,
-                    quiet=not trainer.is_global_zero,
-                )  # fmt: skip
-        owners = [place // sampling.num_answers for place in range(len(answers))]
+        stage = self.stage
+        owners = [place * len(rows) // len(answers) for place in range(len(answers))]
         repeated = [rows[owner] for owner in owners]
         names = sorted({name for row in repeated for name in row.columns})
         columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
@@ -132,17 +144,11 @@ class Rollouts:
             with isolate_rng(), _plain(stage.device):  # a reward may draw too
                 texts = [self.text(one) for one in answers]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
-        return Answered(rows, answers, said, Experience(prompts, numbers, tokens, owners))
+        return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
 
     def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""
         return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
-
-    def _greedy(self, rows: Sequence[PromptRow], numbers: Sequence[int]) -> Tensor:
-        """The shaped reward of the greedy answer to each prompt, repeated for each of its answers, `[S]`."""
-        sampling = self.stage.sampling
-        made = self.answer(rows, numbers, [0] * len(rows), sampling._replace(num_answers=1, temperature=0.0))
-        return self._shaped(made, learn=False).repeat_interleave(sampling.num_answers)
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
@@ -210,7 +216,7 @@ class Rollouts:
         flat = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
         return {name: torch.empty_like(values).index_copy(0, places, values) for name, values in flat.items()}
 
-    def _estimate(self, made: Answered, tokens: dict[str, Tensor], baselines: Tensor | None) -> None:
+    def _estimate(self, made: Answered, tokens: dict[str, Tensor], greedy: Answered | None) -> None:
         """Rewards become advantages; the metrics are counted, and the weight of the KL penalty is steered by them."""
         stage, found = self.stage, made.experience
         old, reference, values = tokens["old_logps"], tokens["reference"], tokens.get("values")
@@ -219,6 +225,10 @@ class Rollouts:
         if stage.kl.place == "reward":
             penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
         scores = self._shaped(made, learn=True).to(old.dtype)
+        baselines = None
+        if greedy is not None:
+            each = self._shaped(greedy, learn=False).to(old.dtype)
+            baselines = each.repeat_interleave(stage.sampling.num_answers)
         apart = made.said.tokens.to(old.dtype) / stage.rewards.scale  # what lies on its token, and not on the last
         outcome = Outcome(
             scores=scores - sums(apart, owners, len(scores)),
@@ -226,7 +236,7 @@ class Rollouts:
             owners=owners,
             groups=torch.tensor(found.owners, dtype=torch.int64),
             values=values,
-            baselines=None if baselines is None else baselines.to(old.dtype),
+            baselines=baselines,
         )
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)

@@ -486,6 +486,25 @@ def test_rewards_see_turns_answers_and_columns(rows):
     assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
 
 
+def test_whitened_baselines_are_those_of_their_rollout(rows):
+    """By the statistics that the answers themselves were whitened by."""
+    options = {
+        "advantage": ReMax(),
+        "shaping": RewardShaping(whiten=True),
+        "reward": lambda completions: [5.0 + len(t) for t in completions],
+    }
+    stage, record, _ = train(rows, steps=1, num_answers=2, **options)
+    found = record.found[0]
+    texts = [text_of(stage, answer) for answer in found.answers]
+    rewards = torch.tensor([5.0 + len(text) for text in texts])
+    torch.manual_seed(0)
+    start = tiny_lm("llama", vocab_size=259)
+    greedy_rewards = torch.tensor([5.0 + len(text_of(stage, greedy(start, prompt))) for prompt in found.prompts])
+    expected = (rewards - greedy_rewards.repeat_interleave(2)) / rewards.std()
+    torch.testing.assert_close(found.tokens["advantages"], expected[found.token_owners], rtol=0, atol=1e-5)
+    assert stage.rollouts.seconds["rewards"] > 0
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_rewards_have_a_precision_of_their_own(rows, precision):
     """The same in a rollout and in a validation, which Lightning runs in that of the run."""
