@@ -1,0 +1,148 @@
+"""Training on a reward that can be checked: PPO with three seeds, GRPO and RLOO, with curves and samples.
+
+    python scripts/study/ppo.py run    --model FOLDER [--only NAME ...] [--jobs 2]
+    python scripts/study/ppo.py report
+
+The reward is `brief.brief`: what is asked about must be named in at most 12 words. The start model answers in long
+sentences. Questions about things that no training prompt names are held out and answered greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runs import callback, fit_all, logged, summary
+
+RUNS = ("ppo-0", "ppo-1", "ppo-2", "grpo", "rloo")
+ROLLOUTS, EVERY = 20, 5
+THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
+HELD_OUT = 5  # every fifth thing
+
+
+def grid(model: str, out: Path) -> dict[str, tuple[str, ...]]:
+    """Arguments of `ftlit fit` for each run.
+
+    Args:
+        model: The start model.
+        out: The folder of the study; the prompts are written to it.
+    """
+    train = _prompts(out / "prompts.jsonl", [one for place, one in enumerate(THINGS) if place % HELD_OUT])
+    held_out = _prompts(out / "held_out.jsonl", THINGS[::HELD_OUT])
+    found = {}
+    for name in RUNS:
+        config, _, seed = name.partition("-")
+        answers, epochs = (1, 2) if config == "ppo" else (4, 1)
+        steps = 2 * epochs
+        found[name] = (
+            *("--config", config, "--config", "peft/lora", "--model.policy", model, "--model.reward", "brief.brief"),
+            *("--seed_everything", seed or "0", "--data.seed", seed or "0", "--trainer.precision", "bf16-mixed"),
+            *("--data.train", str(train), "--data.validation", str(held_out), "--data.batch_size", str(24 // answers)),
+            *("--data.max_tokens", "2048", "--model.num_answers", str(answers), "--model.max_new_tokens", "48"),
+            *("--model.update_epochs", str(epochs), "--model.num_minibatches", "2"),
+            *("--model.lr", "1e-4", "--trainer.max_steps", str(ROLLOUTS * steps), "--trainer.max_epochs", "-1"),
+            *("--trainer.val_check_interval", str(EVERY * steps), "--trainer.check_val_every_n_epoch", "null"),
+            *callback("ForgettingProbe", {"domains": "{own: self}", "max_tokens": 4096, "own_rows": 160}),
+            *("--trainer.callbacks.own_new_tokens=64", "--trainer.callbacks.kl=false"),
+        )
+    return found
+
+
+def _prompts(path: Path, things: list[str]) -> Path:
+    rows = [{"prompt": f"What is {_article(thing)} {thing}?", "keyword": thing} for thing in things]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _article(thing: str) -> str:
+    return "an" if thing[0] in "aeiou" else "a"
+
+
+# ---- what was found ---------------------------------------------------------------------------------------------
+
+
+def findings(out: Path) -> Iterator[str]:
+    """What is known of the runs that are done, in lines."""
+    for name in RUNS:
+        done = summary(out / name)
+        if done is None:
+            continue
+        start, end = done["start"], done["end"]
+        yield (
+            f"{name}: {done['seconds'] / 60:.1f} minutes, {done['optimizer_steps']} steps; held out: reward "
+            f"{start['val/reward']:.3f} -> {end['val/reward']:.3f}, length {start['val/length']:.0f} -> "
+            f"{end['val/length']:.0f} tokens, ended {start['val/ended']:.0%} -> {end['val/ended']:.0%}, "
+            f"KL {end['val/kl']:.2f} nats an answer; own text {end['forgetting/own/change']:+.4f} nats a token"
+        )
+    for name in RUNS:
+        path = out / name / "rollouts.jsonl"
+        if summary(out / name) is not None:
+            yield from _samples(name, path)
+            break
+
+
+def _samples(name: str, path: Path) -> Iterator[str]:
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["set"] != "train"]
+    steps = sorted({row["step"] for row in rows})
+    yield f"{name}, held-out questions at steps {steps[0]} and {steps[-1]}"
+    for first, last in zip(
+        *([row for row in rows if row["step"] == step][:4] for step in (steps[0], steps[-1])), strict=True
+    ):
+        yield f"  {first['prompt'] if isinstance(first['prompt'], str) else first['prompt'][-1]['content']}"
+        for label, row in (("before", first), ("after", last)):
+            yield f"    {label:<7}{row['reward']:.2f}  {' '.join(row['answer'].split())[:160]}"
+
+
+def draw(out: Path) -> None:
+    """Held-out reward, the reward of the rollouts, and KL over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    keys = ("val/reward", "objective/scores", "objective/kl")
+    labels = ("reward of held-out prompts\n(greedy)", "reward of the rollouts", "KL to the start,\nnats an answer")
+    for name in RUNS:
+        if summary(out / name) is None:
+            continue
+        for one, key in zip(axes, keys, strict=True):
+            points = logged(out / name, key)
+            one.plot([step for step, _ in points], [value for _, value in points], label=name)
+    for one, label in zip(axes, labels, strict=True):
+        one.set_ylabel(label)
+    axes[0].legend()
+    axes[-1].set_xlabel("optimizer step")
+    figure.savefig(out / "rewards.png", dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("run", "report"))
+    parser.add_argument("--model", help="the start model, a transformers folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/ppo"), help="the folder of the study")
+    parser.add_argument("--only", nargs="*", help=f"runs: {', '.join(RUNS)}; all when left out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.mode == "run":
+        if args.model is None:
+            parser.error("run needs --model")
+        runs = grid(args.model, args.out.resolve())
+        fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
+    found = list(findings(args.out))
+    if not found:
+        sys.exit(f"{args.out} holds no finished run.")
+    draw(args.out)
+    print("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()
