@@ -150,7 +150,7 @@ class Stage(L.LightningModule):
         self.stop = StopRequest()
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
-        self._validated_at = -1
+        self.validated_at = -1  # the optimizer step at which the last whole validation was
 
     drawn_tokens: int = 0
     """Most tokens that the policy draws for each row and is trained on."""
@@ -366,7 +366,7 @@ class Stage(L.LightningModule):
             self.trainer.train_dataloader.taken = self.trainer.global_step
         if self.trainer.ckpt_path:
             self._restore_settings()
-        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self.validates_here():
+        if self.trainer.ckpt_path and self.validated_at != self.trainer.global_step and self.validates_here():
             self.trainer.validating = True  # the run was stopped between this step and the end of its validation
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
@@ -569,7 +569,7 @@ class Stage(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Notes that this step is validated; before the callbacks save it."""
         if not self.trainer.sanity_checking:
-            self._validated_at = self.trainer.global_step
+            self.validated_at = self.trainer.global_step
 
     def log_evaluation(self, loop: str, values: dict[str, float]) -> None:
         """Logs what a validation or test measured.
@@ -612,7 +612,7 @@ class Stage(L.LightningModule):
             "last_metrics": self.last_metrics,
             # What was saved at a step may not be logged yet; Lightning logs float32.
             "step_metrics": {name: torch.tensor(value).item() for name, value in self.step_metrics.items()},
-            "validated_at": self._validated_at,
+            "validated_at": self.validated_at,
             "data": self._data_fingerprint(),
         }
 
@@ -621,7 +621,7 @@ class Stage(L.LightningModule):
         self.configure_model()
         self.check_checkpoint(checkpoint)
         own = checkpoint["ftlit"]
-        self.start_metrics, self._validated_at = own["start_metrics"], own["validated_at"]
+        self.start_metrics, self.validated_at = own["start_metrics"], own["validated_at"]
         self.last_metrics, self.step_metrics = own.get("last_metrics", {}), own["step_metrics"]
         if self._trainer is None or self._trainer.state.fn != "fit":
             return

@@ -122,7 +122,7 @@ def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, t
     assert ftlit(*args, "--run", "whole") == 0, ftlit.err
     assert saved("whole")["ppo"]["running"]["count"] > 8
     (tmp_path / "stopping.py").write_text(STOP)
-    for step in (1, 4, 5):
+    for step in (1, 3, 4, 5):
         run = f"parts-{step}"
         stop = ["--trainer.callbacks+=stopping.Stop", f"--trainer.callbacks.step={step}"]
         assert ftlit(*args, "--run", run, *stop) == 1
