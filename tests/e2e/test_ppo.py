@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ftlit.export.scorer import RewardScorer
 from ftlit.testing import tiny_tokenizer
@@ -107,6 +108,10 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert Path("r/checkpoints/best.ckpt").exists()
     best = max((row["val/reward"], -row["step"]) for row in rows if "val/reward" in row and row["step"])
     assert saved("r", "best")["global_step"] == -best[1]
+    assert ftlit("export", "r", "--to", "adapter", "--adapter") == 0, ftlit.err
+    exported, kept = (load_file(f"{place}/adapter_model.safetensors") for place in ("adapter", "r/adapter/last"))
+    assert exported.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in exported.items())
     assert ftlit("validate", "--config", "r/config.yaml", "--run", "r") == 0, ftlit.err
     shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
     assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
