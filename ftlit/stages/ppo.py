@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
@@ -398,6 +398,14 @@ class PPO(Stage):
     def on_test_epoch_end(self) -> None:
         """Logs the same as `test/...`."""
         self._log_evaluation("test")
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Nothing: prompts have no file to predict.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("PPO has no rows for `ftlit predict`; use `ftlit generate`.")
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

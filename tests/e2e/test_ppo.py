@@ -113,6 +113,8 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert exported.keys() == kept.keys()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in exported.items())
     assert ftlit("validate", "--config", "r/config.yaml", "--run", "r") == 0, ftlit.err
+    assert ftlit("predict", "--config", "r/config.yaml", "--run", "r") == 1
+    assert "has no rows for `ftlit predict`" in ftlit.err
     shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
     assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
 
