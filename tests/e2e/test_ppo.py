@@ -191,6 +191,8 @@ def test_two_ranks_equal_one(arguments, tmp_path, tiny_model_folder):
         (["--model.reward", "rewards.odds"], "rewards has no 'odds': did you mean 'odd'?"),
         (["--model.kl.coef", "-1"], "model.kl needs coef >= 0"),
         (["--model.advantage", "GEA"], "no Advantage class is called 'GEA': did you mean"),
+        (["--model.num_generations", "9"], "PPO has no argument 'num_generations': ftlit calls it num_answers."),
+        (["--model.epsilon", "0.1"], "PPO has no argument 'epsilon': ftlit calls it model.loss.clip."),
         (["--model.num_minibatches", "9"], "a rollout has 4 prompts"),
         (["--data.max_length", "3"], "none of 3 rows is a prompt within data.max_length=3 tokens"),
     ],
