@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -24,8 +25,7 @@ SYSTEM = "You are a helpful assistant."  # as in configs/quickstart.yaml
 
 def show(command: list[str], keep: bool = False) -> str:
     """Runs a command, printing it first; with `keep`, returns what it prints instead of showing it."""
-    print("\n$ " + " ".join(part if part.replace("/", "").replace("_", "").isalnum() or part[:2] == "--" else
-                            f"'{part}'" if " " in part else part for part in command), flush=True)  # fmt: skip
+    print(f"\n$ {shlex.join(command)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", *command], stdout=subprocess.PIPE if keep else None, text=True, check=False
     )

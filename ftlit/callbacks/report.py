@@ -20,6 +20,7 @@ from ftlit.callbacks.generation_eval import GenerationEval
 from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
 from ftlit.files import write_text
+from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.peft.base import PEFTStrategy
 
@@ -161,6 +162,8 @@ class Report(L.Callback):
         for one in measuring:
             start |= one.start_values
             end |= one.last_values
+        for budget in trainer.callbacks:
+            end |= budget.last_values if isinstance(budget, ForgettingBudget) else {}
         return {
             "model": stage.name_of_policy,
             "strategy": type(stage.strategy).__name__,

@@ -36,6 +36,7 @@ class AddedRows:
         self.name, self.examples, self.ratio, self.seed = name, examples, ratio, seed
         self.lengths, self.targets, self.weights = measure(examples)
         self.pass_tokens = int(self.targets.sum())
+        self._kept: tuple[int, np.ndarray, np.ndarray] | None = None
         if not self.pass_tokens:
             raise ConfigError(f"{name}: its {len(examples)} rows hold no trained token.")
 
@@ -49,11 +50,19 @@ class AddedRows:
         low, high = self.ratio * before, self.ratio * after
         chosen: list[int] = []
         for number in range(int(low // self.pass_tokens), int(high // self.pass_tokens) + 1):
+            order, middles = self._pass(number)
+            first, last = np.searchsorted(middles, (low - number * self.pass_tokens, high - number * self.pass_tokens))
+            chosen += order[first:last].tolist()
+        return chosen
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of a pass, and where the middle of each example lies in it, tokens; the last pass is kept."""
+        kept = self._kept
+        if kept is None or kept[0] != number:
             order = self._order(number)
             targets = self.targets[order]
-            middles = np.cumsum(targets) - targets / 2 + number * self.pass_tokens
-            chosen += order[(middles >= low) & (middles < high)].tolist()
-        return chosen
+            self._kept = kept = (number, order, np.cumsum(targets) - targets / 2)
+        return kept[1:]
 
     def _order(self, number: int) -> np.ndarray:
         digest = hashlib.blake2b(repr((self.seed, self.name, number)).encode(), digest_size=16).digest()

@@ -59,6 +59,8 @@ class ForgettingControl(L.Callback):
 
     in_loss: ClassVar[bool] = True
     """Whether the control is a term of the loss (its weight then shares in the normalisation of a budget)."""
+    has_weight: ClassVar[bool] = True
+    """Whether its weight acts while the model trains, so that a budget can turn it."""
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not 0 <= weight < float("inf"):

@@ -14,9 +14,11 @@ from ftlit.batch import Example
 from ftlit.data.datamodules import MAIN
 from ftlit.data.store import measure
 from ftlit.errors import ConfigError
+from ftlit.forgetting.again import measure_again
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.controller import IntegralController
 from ftlit.forgetting.documents import Documents, read_documents
+from ftlit.forgetting.early_stop import EarlyStopOnForgetting
 from ftlit.forgetting.measuring import Measured, Meter
 from ftlit.forgetting.own_text import own_text
 from ftlit.forgetting.probe import ForgettingProbe
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 FIRST_VERDICT = FIRST_OWN // 2
 _TARGET = "target"
 _EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
-_SATURATED = 4  # probes in a row with the largest weight and too much forgotten: the budget cannot be met
 _BISECTIONS = 7
+_LEARNT = "nats a trained token"  # the loss whose fall is what was learnt
 
 
 class ForgettingBudget(ForgettingControl):
@@ -41,12 +43,13 @@ class ForgettingBudget(ForgettingControl):
     the weight of the controls in the loss (of a KL `Replay` of the model's own text, where the run has no control of
     its own). The loss is divided by 1 and the weights, so that they do not change the size of the step. At the end the
     weights go back toward the start as far as it takes for the upper 95 % bound on all documents of the first probe to
-    meet the budget, and a **second** set of documents, read once, gives the verdict: met, if its estimate is within the
-    budget. What was kept of the gain on the target is always printed beside: a model that learnt nothing has met every
-    budget.
+    meet the budget, and a **second** set of documents, which steers nothing, gives the verdict: met, if its estimate is
+    within the budget. What was kept of the gain on the target is printed beside, wherever the likelihood of rows is
+    what is learnt: a model that learnt nothing has met every budget.
 
-    Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end
-    `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../kept`.
+    Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end, and in
+    `summary.json`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0), `.../gain`
+    (nats a token of the target), `.../kept` (the share of the gain; none where nothing was learnt).
 
     Args:
         max_increase: Largest relative increase of perplexity: 0.02 are 2 %, `ln 1.02` nats a token.
@@ -72,6 +75,7 @@ class ForgettingBudget(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -111,8 +115,9 @@ class ForgettingBudget(ForgettingControl):
         self.project, self.seed = project, seed
         self.controller = IntegralController(self.limit, integral, proportional, max_weight, min(1.0, max_weight))
         self.lowest = self.highest = self.controller.weight
-        self.seconds, self.began = 0.0, 0.0
+        self.seconds, self._began, self._earlier = 0.0, 0.0, 0.0
         self.outcome: dict[str, float] = {}
+        self.ended_at = -1
         self.infeasible_at: int | None = None
         self._given: dict[str, float] = {}
         self._meters: dict[str, Meter] = {}
@@ -128,11 +133,23 @@ class ForgettingBudget(ForgettingControl):
         budgets = [one for one in callbacks if isinstance(one, ForgettingBudget)]
         if not budgets:
             return []
+        budget = budgets[0]
         probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
-        named = budgets[0].names is not None
-        turned = named or any(isinstance(one, ForgettingControl) and one.in_loss for one in callbacks)
+        turned = budget.names is not None or any(
+            isinstance(one, ForgettingControl) and one.in_loss for one in callbacks
+        )
         added: list[ForgettingControl] = [] if turned else [Replay()]
-        return added if probed else [*added, ForgettingProbe(dict(budgets[0].domains))]
+        return added if probed else [*added, budget._probe()]
+
+    def _probe(self) -> ForgettingProbe:
+        """A probe of the first of the texts that judge: no others have to be written, and they have not steered."""
+        return ForgettingProbe(
+            dict(self.domains),
+            own_rows=min(128, self.documents),
+            own_new_tokens=self.new_tokens,
+            own_first=FIRST_VERDICT,
+            seed=self.seed,
+        )
 
     def turned(self, stage: Stage) -> list[ForgettingControl]:
         """The controls whose weights it turns."""
@@ -152,14 +169,18 @@ class ForgettingBudget(ForgettingControl):
         unknown = [name for name in self.names or [] if name not in known]
         if unknown:
             return f"no control of this run is called {unknown[0]!r}; there are {', '.join(known) or 'none'}."
+        fixed = [control.name for control in self.turned(stage) if not control.has_weight]
+        if fixed:
+            return f"{fixed[0]} has no weight that could be turned; name other controls, or [] to hold the end only."
+        if any(isinstance(control, EarlyStopOnForgetting) for control in stage.controls):
+            return "EarlyStopOnForgetting would put others in the place of the weights that it judges; use one of them."
         return None
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if self._meters:
-            return
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
+        self.outcome, self.ended_at, self.infeasible_at = {}, -1, None
         first: dict[str, Documents] = {}
         second: dict[str, Documents] = {}
         for name, rows in self.domains.items():
@@ -177,7 +198,7 @@ class ForgettingBudget(ForgettingControl):
             if isinstance(control, ForgettingProbe):
                 control.limit = self.limit  # its pictures show it
         for control in self.turned(stage):
-            self._given[control.name] = control.weight or 1.0
+            self._given.setdefault(control.name, control.weight or 1.0)
             control.normalised = True
         self._turn(stage)
 
@@ -206,8 +227,11 @@ class ForgettingBudget(ForgettingControl):
         return _halves(both)
 
     def _target_documents(self, stage: Stage) -> Documents | None:
-        """Some of the run's own validation rows, or without any, of its training rows; None where none has targets."""
-        if not stage.predicts_tokens:
+        """Some of the run's own validation rows, or without any, of its training rows.
+
+        None where a stage does not learn to predict them: the likelihood of pairs says nothing of what was learnt.
+        """
+        if not stage.predicts_tokens or stage.loss_unit != _LEARNT:
             return None
         data: Any = stage.trainer.datamodule
         names = getattr(data, "validation_names", [])
@@ -230,7 +254,7 @@ class ForgettingBudget(ForgettingControl):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Starts its clock."""
-        self.began = time.perf_counter()
+        self._began = time.perf_counter()
         self._turn(pl_module)
 
     def on_train_batch_end(
@@ -245,24 +269,28 @@ class ForgettingBudget(ForgettingControl):
         if step % every and not (step in _EARLY and step < every):
             return
         worst = self._worst(self._measured("steering", trainer, pl_module))
-        weight = self.controller.update(worst.change)
+        before = self.controller.weight
+        weight = self.controller.update(worst.change, left=(last - 1 - step) // every)
         self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
         self._turn(pl_module)
         self._log(trainer, {"change": worst.change, "limit": self.limit, "weight": weight})
-        if self.controller.saturated == _SATURATED and self.infeasible_at is None:
+        if self.controller.out_of_reach and self.infeasible_at is None:
             self.infeasible_at = step
             self._say(
                 trainer,
-                f"budget     cannot be met as things are: with the largest weight ({self.controller.most:g}) the "
-                f"perplexity is still {math.expm1(worst.change):+.1%} after step {step}; lower model.lr, raise the "
+                f"budget     cannot be met as things are: after step {step} the perplexity is "
+                f"{math.expm1(worst.change):+.1%} with weight {before:.2g}, which cannot grow enough (to at most "
+                f"{self.controller.most:g}) in the {last - step:,} steps that are left; lower model.lr, raise the "
                 "ratio of replay or the budget"
                 + ("; at the end the weights will be taken back toward the start" if self.project else ""),
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
-        """Ends a run that was stopped early."""
-        if trainer.global_step and not self.outcome:
+        """Ends a run that was stopped early; if that changes the weights, they are validated and measured again."""
+        if trainer.global_step and self.ended_at != trainer.global_step:
             self._finish(trainer, pl_module)
+            if self.outcome["alpha"] < 1:
+                measure_again(trainer, pl_module)
 
     def _turn(self, stage: Stage) -> None:
         for control in self.turned(stage):
@@ -282,6 +310,7 @@ class ForgettingBudget(ForgettingControl):
 
     def _finish(self, trainer: L.Trainer, stage: Stage) -> None:
         """Takes the weights back as far as it takes, reads the second probe, and says how it ended."""
+        self.ended_at = trainer.global_step
         gain = kept = self._gain(trainer, stage)
         alpha = 1.0
         assert stage.policy is not None
@@ -299,7 +328,7 @@ class ForgettingBudget(ForgettingControl):
             "met": float(verdict.change <= self.limit),
         }
         if gain is not None and kept is not None:
-            self.outcome |= {"gain": gain, "kept": kept / gain if gain > 0 else 1.0}
+            self.outcome |= {"gain": gain, **({"kept": kept / gain} if gain > 0 else {})}
         self._log(trainer, self.outcome)
         self._say(trainer, f"budget     {self.line(trainer)}")
 
@@ -333,24 +362,36 @@ class ForgettingBudget(ForgettingControl):
         percent = [f"{math.expm1(got[key]):+.1%}" for key in ("verdict", "verdict_low", "verdict_high")]
         texts = len(next(iter(self._meters["second"].sets.values())).examples)
         way = f"the weights went {got['alpha']:.0%} of the way from the start"
-        if "gain" in got:
+        if "kept" in got:
             way += f" and kept {got['kept']:.0%} of what was learnt ({got['gain'] * got['kept']:.3f} of "
             way += f"{got['gain']:.3f} nats a token)"
+        elif "gain" in got:
+            way += f", and nothing was learnt (the loss on the target rows rose by {-got['gain']:.3f} nats a token)"
         words = [
             f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
-            f"[{percent[1]}, {percent[2]}] on {texts:,} texts not used before",
+            f"[{percent[1]}, {percent[2]}] on {texts:,} texts that steered nothing",
             way,
         ]
         if self._given:
             words.append(f"weight of {', '.join(self._given)} {self.lowest:.2g} to {self.highest:.2g}")
-        spent = time.perf_counter() - self.began
-        words.append(f"measuring took {self.seconds / max(spent, 1e-9):.0%} of the run")
+        words.append(f"measuring took {self.seconds / max(self._spent(), 1e-9):.0%} of the run")
         return "; ".join(words)
+
+    def _spent(self) -> float:
+        """Seconds of training, those before a stop included."""
+        return self._earlier + (time.perf_counter() - self._began if self._began else 0.0)
+
+    @property
+    def last_values(self) -> dict[str, float]:
+        """How it ended, as it is logged."""
+        return self._named(self.outcome)
+
+    def _named(self, values: dict[str, float]) -> dict[str, float]:
+        return {f"forgetting/{self.name}/{key}": value for key, value in values.items()}
 
     def _log(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            named = {f"forgetting/{self.name}/{key}": value for key, value in values.items()}
-            logger.log_metrics(named, step=trainer.global_step)
+            logger.log_metrics(self._named(values), step=trainer.global_step)
 
     @staticmethod
     def _say(trainer: L.Trainer, text: str) -> None:
@@ -366,16 +407,18 @@ class ForgettingBudget(ForgettingControl):
             "lowest": self.lowest,
             "highest": self.highest,
             "seconds": self.seconds,
+            "spent": self._spent(),
             "outcome": dict(self.outcome),
+            "ended_at": self.ended_at,
             "infeasible_at": self.infeasible_at,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.controller.load_state_dict(state_dict["controller"])
-        for name in ("lowest", "highest", "seconds", "infeasible_at"):
+        for name in ("lowest", "highest", "seconds", "ended_at", "infeasible_at"):
             setattr(self, name, state_dict[name])
-        self.outcome = dict(state_dict["outcome"])
+        self._earlier, self.outcome = state_dict["spent"], dict(state_dict["outcome"])
 
 
 def _some(documents: Documents, most: int) -> Documents:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ftlit.errors import ConfigError
 
+_IN_A_ROW = 4
+_MARGIN = 1.25  # for the noise of a measurement and for what has not settled yet
+
 
 class IntegralController:
     """Turns a weight so that what is measured stays within a limit.
@@ -38,22 +41,36 @@ class IntegralController:
         self.limit, self.integral, self.proportional, self.most = limit, integral, proportional, most
         self.sum, self.smooth, self.weight = first, 0.0, first
         self.measurements = 0
-        self.saturated = 0  # measurements in a row with the largest weight and still above the limit
+        self.hopeless = 0  # measurements in a row from which the limit seems out of reach
 
-    def update(self, measured: float) -> float:
-        """Takes a measurement and returns the new weight."""
+    def update(self, measured: float, left: int | None = None) -> float:
+        """Takes a measurement and returns the new weight.
+
+        Args:
+            measured: The measurement.
+            left: How many follow; None: as many as it takes.
+        """
         error = min(3.0, max(-1.0, (measured - self.limit) / self.limit))
+        before = self.weight
         self.smooth = error if self.measurements == 0 else 0.5 * (self.smooth + error)
         self.measurements += 1
         if self.weight < self.most or error < 0:
             self.sum = min(self.most, max(0.0, self.sum + self.integral * error))
         self.weight = min(self.most, max(0.0, self.sum + self.proportional * self.smooth))
-        self.saturated = self.saturated + 1 if self.weight >= self.most and error > 0 else 0
+        # At best what is measured falls as 1 / (1 + weight), the target's share of the loss.
+        reach = self.most if left is None else min(self.most, self.weight + left * self.integral * max(0.0, error))
+        best = measured * (1 + before) / (1 + max(before, reach))
+        self.hopeless = self.hopeless + 1 if best > _MARGIN * self.limit else 0
         return self.weight
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether four measurements in a row say that the weight cannot grow to where the limit would be kept."""
+        return self.hopeless >= _IN_A_ROW
 
     def state_dict(self) -> dict[str, float]:
         """What a run that goes on needs."""
-        names = ("sum", "smooth", "weight", "measurements", "saturated")
+        names = ("sum", "smooth", "weight", "measurements", "hopeless")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

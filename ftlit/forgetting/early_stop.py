@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -31,7 +32,8 @@ class EarlyStopOnForgetting(ForgettingControl):
 
     Args:
         max_increase: Largest relative increase of perplexity on the worst domain: 0.02 are 2 %, `ln 1.02` nats a token.
-        probe: Name of the probe to listen to; left out, the only one.
+        probe: Name of the probe to listen to; left out, the only one. A run without any gets one that measures every 10
+            steps.
         name: What it is called in the log.
 
     Raises:
@@ -39,6 +41,7 @@ class EarlyStopOnForgetting(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(self, max_increase: float = 0.02, probe: str | None = None, name: str | None = None) -> None:
         super().__init__(1.0, name)
@@ -48,6 +51,13 @@ class EarlyStopOnForgetting(ForgettingControl):
         self.good_step, self.stopped_at = 0, -1
         self._good: dict[str, Tensor] = {}
 
+    @staticmethod
+    def default_controls(callbacks: Sequence[Any]) -> list[ForgettingControl]:
+        """The probe that a run gets which stops by one and has none."""
+        stops = any(isinstance(one, EarlyStopOnForgetting) and one.probe is None for one in callbacks)
+        probed = any(isinstance(one, ForgettingProbe) for one in callbacks)
+        return [ForgettingProbe(every_n_steps=10)] if stops and not probed else []
+
     def _probes(self, stage: Stage) -> list[ForgettingProbe]:
         probes = [control for control in stage.controls if isinstance(control, ForgettingProbe)]
         return [probe for probe in probes if self.probe in (None, probe.name)]
@@ -56,8 +66,11 @@ class EarlyStopOnForgetting(ForgettingControl):
     def refuse(self, stage: Stage) -> str | None:
         if isinstance(stage.trainer.strategy, ModelParallelStrategy):
             return SHARDED
-        if len(self._probes(stage)) == 1:
-            return None
+        probes = self._probes(stage)
+        if len(probes) == 1:
+            if probes[0].measures_before_the_end(stage.trainer):
+                return None
+            return f"{probes[0].name} measures at the end only, which is too late to stop; set its every_n_steps."
         asked = "a ForgettingProbe" if self.probe is None else f"a ForgettingProbe called {self.probe!r}"
         found = len(self._probes(stage))
         return f"it listens to {asked}, of which trainer.callbacks has {found or 'none'}; name exactly one."
@@ -67,6 +80,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         (probe,) = self._probes(stage)
         if self._heard not in probe.listeners:
             probe.listeners.append(self._heard)
+        self.stopped_at = -1
         self._keep(stage, 0)
 
     def _keep(self, stage: Stage, step: int) -> None:
@@ -80,7 +94,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         if self.stopped_at >= 0:
             return
         (probe,) = self._probes(stage)
-        change = probe.last_values["forgetting/worst/change"]
+        change = probe.worst_change
         if change <= self.limit:
             self._keep(stage, trainer.global_step)
             return
@@ -104,6 +118,7 @@ class EarlyStopOnForgetting(ForgettingControl):
         with torch.no_grad():
             for name, parameter in pl_module.strategy.trained(pl_module.policy.lm).items():
                 parameter.copy_(self._good[name])
+        self.good_step = trainer.global_step  # these are they; once is enough
         measure_again(trainer, pl_module)
 
     @override

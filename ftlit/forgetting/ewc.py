@@ -18,11 +18,14 @@ from ftlit.forgetting.pull import ChangePenalty
 from ftlit.forgetting.replay import OWN
 from ftlit.models.divergence import logits_of
 from ftlit.models.policy import Policy, head_of
-from ftlit.models.score import token_scores
+from ftlit.models.score import Head, token_scores
 from ftlit.peft.base import Change
 
 if TYPE_CHECKING:
     from ftlit.stages.base import Stage
+
+
+_ROWS = 64  # whose probabilities are held at once, in float64: 80 MB for 151,000 tokens
 
 
 class EWC(ChangePenalty):
@@ -78,8 +81,6 @@ class EWC(ChangePenalty):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if self._fisher:
-            return
         assert stage.policy is not None
         examples = self.examples(stage)
         names = sorted(change.name for change in stage.strategy.changes(stage.policy.lm))
@@ -128,7 +129,7 @@ def fisher(stage: Stage, examples: Sequence[Example], names: Sequence[str], seed
                 continue
             hidden = policy.hidden(batch)
             head = head_of(lm)
-            labels = _drawn(logits_of(hidden.detach(), head.detach()), seed, number)
+            labels = _drawn(hidden.detach(), head.detach(), seed, number)
             total = token_scores(hidden, head, labels).logps.sum()
             gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
@@ -140,12 +141,16 @@ def fisher(stage: Stage, examples: Sequence[Example], names: Sequence[str], seed
 
 
 @torch.no_grad()
-def _drawn(logits: Tensor, seed: int, number: int) -> Tensor:
-    """A label for each row of logits, `[N]`: the same on any device and rank."""
+def _drawn(hidden: Tensor, head: Head, seed: int, number: int) -> Tensor:
+    """A label for each hidden state, `[N]`: the same on any device and rank."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-    below = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(below, uniform * below[:, -1:], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    uniform = torch.rand(len(hidden), 1, generator=generator, dtype=torch.float64).to(hidden.device)
+    labels = []
+    for some, chance in zip(hidden.split(_ROWS), uniform.split(_ROWS), strict=True):
+        below = torch.softmax(logits_of(some, head).double(), dim=-1).cumsum(dim=-1)
+        found = torch.searchsorted(below, chance * below[:, -1:], right=True)[:, 0]
+        labels.append(found.clamp_max(below.shape[-1] - 1))
+    return torch.cat(labels)
 
 
 __all__ = ["EWC", "fisher"]

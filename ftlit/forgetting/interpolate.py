@@ -11,6 +11,7 @@ from typing_extensions import override
 from ftlit.errors import ConfigError
 from ftlit.forgetting.again import measure_again
 from ftlit.forgetting.base import ForgettingControl
+from ftlit.forgetting.early_stop import EarlyStopOnForgetting
 from ftlit.forgetting.pull import outside_head
 from ftlit.peft.base import Alpha
 
@@ -85,6 +86,9 @@ class Interpolate(ForgettingControl):
         step = trainer.global_step
         if not self.weight or not step or self.every_n_steps is not None or self._moved_at == step:
             return
+        for control in pl_module.controls:
+            if isinstance(control, EarlyStopOnForgetting):  # whichever of the two comes first in the list of callbacks
+                control.on_train_end(trainer, pl_module)
         self._move(pl_module, step)
         measure_again(trainer, pl_module)
 

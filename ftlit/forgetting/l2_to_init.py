@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Smallest share of the change that is taken back at once: a smaller one would be lost in the rounding of the weights,
 # so it is saved up. Float32 holds seven digits of a weight, of which the change fills the last four or so.
 _LEAST = {torch.float64: 0.0, torch.float32: 1e-3}
+_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class L2ToInit(ChangePenalty):
@@ -42,7 +43,8 @@ class L2ToInit(ChangePenalty):
     text at the start, divided by its mean diagonal entry: only what general text would notice is pulled back.
     Embeddings, norms, biases and the output layer keep the plain penalty. The head of a classifier is left alone.
 
-    AdamW's `weight_decay` pulls toward zero, away from the start; leave it at 0 beside this.
+    AdamW's `weight_decay` of the model's own weights pulls toward zero, away from the start: leave it at 0 beside this.
+    (That of a LoRA adapter is another pull to the start.)
 
     Logged: `forgetting/l2_to_init/distance`, `||Delta||` over all weights, and coupled `.../loss`.
 
@@ -90,7 +92,7 @@ class L2ToInit(ChangePenalty):
         self.strength, self.total_pull, self.rows, self.num_rows = strength, total_pull, rows, num_rows
         self._saved_up = 0.0  # halvings that are still to be done
         self._moments: dict[str, Tensor] = {}
-        self._note = ""
+        self._rates: tuple[tuple[float, int], float] | None = None  # the sum of the rates of a run
 
     # ---- before training ------------------------------------------------------------------------------------------
 
@@ -111,6 +113,9 @@ class L2ToInit(ChangePenalty):
             return f"{reason.rstrip('.')}; or use mode: coupled."
         trained = stage.strategy.trained(stage.policy.lm).values()
         narrow = {parameter.dtype for parameter in trained} - set(_LEAST)
+        kind, _, whole = str(getattr(stage.trainer, "precision", "")).partition("-")
+        if whole == "true" and kind in _HALF:  # Lightning is about to cast the adapter, too
+            narrow.add(_HALF[kind])
         if narrow:
             kind = str(narrow.pop()).removeprefix("torch.")
             return f"a decoupled pull is lost in the rounding of weights in {kind}; use trainer.precision bf16-mixed."
@@ -118,11 +123,10 @@ class L2ToInit(ChangePenalty):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if stage.weight_decay and not stage.make_optimizer:
-            self._note = f"; beside it model.weight_decay {stage.weight_decay:g} pulls toward zero, not to the start"
-        if self.rows is not None and not self._moments:
+        if self.rows is not None:
             examples = general_rows(stage, self.name, self.rows, self.num_rows)
-            self._moments = kept(stage, "moments", digest(examples), lambda: second_moments(stage, examples))
+            settings = [digest(examples), "float32"]
+            self._moments = kept(stage, "moments", settings, lambda: second_moments(stage, examples))
 
     # ---- while training -------------------------------------------------------------------------------------------
 
@@ -134,8 +138,11 @@ class L2ToInit(ChangePenalty):
     def factor(self, stage: Stage) -> float:
         if self.total_pull is None:
             return 1.0 if self.strength is None else self.strength
-        rate = stage.rate(stage.planned_steps)
-        return self.total_pull / (stage.lr * math.fsum(rate(step) for step in range(stage.planned_steps)))
+        key = (stage.lr, stage.planned_steps)
+        if self._rates is None or self._rates[0] != key:
+            rate = stage.rate(stage.planned_steps)
+            self._rates = (key, stage.lr * math.fsum(rate(step) for step in range(stage.planned_steps)))
+        return self.total_pull / self._rates[1]
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Stage, optimizer: Any) -> None:
@@ -185,7 +192,7 @@ class L2ToInit(ChangePenalty):
         else:
             how = f"coupled, strength {1.0 if self.strength is None else self.strength:g}"
         seen = f", weighted by the inputs of {len(self._moments)} layers on {self.rows}" if self._moments else ""
-        return f"{self.name}: {how}{seen}, weight {self.weight:g}{self._note}"
+        return f"{self.name}: {how}{seen}, weight {self.weight:g}"
 
 
 @torch.no_grad()
@@ -209,7 +216,8 @@ def second_moments(stage: Stage, examples: Any) -> dict[str, Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
+            with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+                sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
 
         return hook
 

@@ -16,7 +16,6 @@ from ftlit.forgetting.overlap import overlaps
 
 if TYPE_CHECKING:
     from ftlit.data.added import AddedRows
-    from ftlit.forgetting.base import ForgettingControl
     from ftlit.stages.base import Stage
 
 
@@ -30,6 +29,11 @@ def prepare_controls(stage: Stage) -> None:
         ConfigError: If two controls share a name, or one makes no sense with this stage, strategy or data.
     """
     controls = stage.controls
+    data: Any = getattr(stage.trainer, "datamodule", None)
+    if hasattr(data, "added_rows"):
+        data.added_rows = []  # those of an earlier run on the same data
+    for control in controls:
+        control.source = 0
     for name, count in Counter(control.name for control in controls).items():
         if count > 1:
             raise ConfigError(f"{count} controls of forgetting are called {name!r}: give each a name of its own.")
@@ -43,7 +47,6 @@ def prepare_controls(stage: Stage) -> None:
     if not isinstance(stage.trainer.strategy, ModelParallelStrategy):  # that one has already placed the weights
         stage.policy.to(stage.trainer.strategy.root_device)
     stage.policy.eval()
-    data: Any = getattr(stage.trainer, "datamodule", None)
     rows = []
     # What is drawn here must not move what is drawn in training.
     with isolate_rng(), stage.trainer.precision_plugin.forward_context():
@@ -64,16 +67,17 @@ def prepare_controls(stage: Stage) -> None:
     stage.policy.train()
     if rows:
         data.added_rows = rows
-    _warn_of_overlaps(controls, data, rows)
+    _warn_of_overlaps(stage, data, rows)
 
 
-def _warn_of_overlaps(controls: Sequence[ForgettingControl], data: Any, added: Sequence[AddedRows]) -> None:
+def _warn_of_overlaps(stage: Stage, data: Any, added: Sequence[AddedRows]) -> None:
     trained = {rows.name: rows.examples for rows in added}
-    own = getattr(data, "sets", {}).get("train")
-    if own is not None and getattr(data, "needs_answers", True):  # of prompts nothing is trained
-        trained["data.train"] = own
+    own = getattr(data, "sets", {}).get("train") if stage.predicts_tokens else None  # prompts alone teach nothing
+    trained |= {} if own is None else {"data.train": own}
     held_out = {
-        f"{control.name} ({name})": examples for control in controls for name, examples in control.held_out().items()
+        f"{control.name} ({name})": examples
+        for control in stage.controls
+        for name, examples in control.held_out().items()
     }
     for measurer, trainer, count in overlaps(held_out, trained):
         rank_zero_only(print)(

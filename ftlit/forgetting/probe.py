@@ -42,7 +42,9 @@ class ForgettingProbe(ForgettingControl):
     `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
     forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259). `ftlit fit` ends with a table and two pictures of them.
 
-    It only looks: training is bitwise the same with and without. Ranks share the documents.
+    It only looks: training is bitwise the same with and without. Ranks share the documents. Of several probes, such as
+    a small one that measures often and a large one for the end, the first in the list measures target and weights too;
+    the domain that lost most in another is logged as `forgetting/NAME_worst/...`.
 
     Args:
         domains: Documents by name: a file, a folder, a hub id, `sample:NAME`, or `self` for text that the start model
@@ -58,6 +60,8 @@ class ForgettingProbe(ForgettingControl):
         kl: Whether to measure KL too; keeps the start model's hidden states of the scored tokens in memory.
         own_rows: How many texts the start model writes for `self`; made once and kept on disk.
         own_new_tokens: Most tokens of each of its answers.
+        own_first: Number of the first of these texts. Beside a `ForgettingBudget` take 32768: the texts from 0 on steer
+            it and would flatter, those from there on judge it.
         batch_tokens: Most tokens scored at once: bounds memory; `data.max_tokens` when left out.
         seed: Seed of the choice of documents, of the texts and of the bootstrap.
         name: What it is called, where there are several.
@@ -67,6 +71,7 @@ class ForgettingProbe(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class ForgettingProbe(ForgettingControl):
         kl: bool = True,
         own_rows: int = 128,
         own_new_tokens: int = 128,
+        own_first: int = 0,
         batch_tokens: int | None = None,
         seed: int = 0,
         name: str | None = None,
@@ -90,6 +96,7 @@ class ForgettingProbe(ForgettingControl):
             ("at_steps", min(at_steps or [1]), 1),
             ("own_rows", own_rows, 1),
             ("own_new_tokens", own_new_tokens, 2),
+            ("own_first", own_first, 0),
             ("batch_tokens", batch_tokens, 1),
         ):
             if value is not None and value < least:
@@ -106,7 +113,7 @@ class ForgettingProbe(ForgettingControl):
         self.max_tokens, self.at_steps, self.every_n_steps = max_tokens, sorted(at_steps or []), every_n_steps
         self.at_validations, self.at_end, self.with_kl = at_validations, at_end, kl
         self.own_rows, self.own_new_tokens, self.batch_tokens = own_rows, own_new_tokens, batch_tokens
-        self.seed = seed
+        self.own_first, self.seed = own_first, seed
         self.limit: float | None = None
         """The change that is allowed, nats a token, where there is a budget: the pictures show it."""
         self.listeners: list[Callable[[L.Trainer, Stage], None]] = []
@@ -117,9 +124,20 @@ class ForgettingProbe(ForgettingControl):
         self.last_values: dict[str, float] = {}
         self.seconds, self.start_seconds, self.rounds = 0.0, 0.0, 0
         self._last_step: int | None = None
+        self._first = True  # of the probes of the run
         self._meter: Meter | None = None
         self._norms: dict[int, float] = {}
         self._words: dict[str, str] = {}
+
+    @property
+    def _worst(self) -> str:
+        """What the domain that lost most is called in the log."""
+        return "worst" if self._first else f"{self.name}_worst"
+
+    @property
+    def worst_change(self) -> float:
+        """The change of the domain that lost most, as last measured, nats a token."""
+        return self.last_values[f"forgetting/{self._worst}/change"]
 
     @property
     def layers(self) -> dict[str, float]:
@@ -137,25 +155,28 @@ class ForgettingProbe(ForgettingControl):
             return "its data module has no chat template to read the documents with."
         if stage.strategy.trains_base and isinstance(stage.trainer.strategy, ModelParallelStrategy):
             return "the start of a model that is trained whole cannot be had while its weights are sharded; use ddp."
+        others = [one for one in stage.controls if isinstance(one, ForgettingProbe) and one is not self]
+        twice = [domain for domain in self.domains if any(domain in one.domains for one in others)]
+        if twice:
+            return f"another probe measures {twice[0]!r} too; call the domain otherwise in one of them."
         return None
 
     @override
     def prepare(self, stage: Stage) -> None:
         """Reads the documents and scores the start model on them."""
-        if self._meter is not None:
-            return
         began = time.perf_counter()
         trainer = stage.trainer
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
         data: Any = trainer.datamodule
+        self._first = next(one for one in stage.controls if isinstance(one, ForgettingProbe)) is self
         sets = {name: self._documents(stage, data, rows, name) for name, rows in self.domains.items()}
-        if (target := self._target(data)) is not None:
+        if self._first and (target := self._target(data)) is not None:
             sets[TARGET] = target
         room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
         self._meter = Meter(sets, room, keep_states=self.with_kl, seed=self.seed)
         self._meter.prepare(trainer, stage)
-        self._norms = start_norms(stage.policy.lm, stage.strategy)
+        self._norms = start_norms(stage.policy.lm, stage.strategy) if self._first else {}
         self.start_seconds = time.perf_counter() - began
 
     @override
@@ -174,7 +195,9 @@ class ForgettingProbe(ForgettingControl):
                 quiet=not stage.trainer.is_global_zero,
             )
             return documents
-        texts = own_text(stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed)
+        texts = own_text(
+            stage, None, self.own_rows, max_new_tokens=self.own_new_tokens, seed=self.seed, skip=self.own_first
+        )
         documents = _first(texts, self.max_tokens)
         tokens = int(measure(documents.examples).targets.sum())
         self._words[name] = f"{len(documents.examples):,} of its own texts, {tokens:,} scored tokens"
@@ -203,18 +226,29 @@ class ForgettingProbe(ForgettingControl):
 
     # ---- when -----------------------------------------------------------------------------------------------------
 
+    def measures_before_the_end(self, trainer: L.Trainer) -> bool:
+        """Whether it measures while the model still trains."""
+        validates = self.at_validations and self._validation(getattr(trainer, "datamodule", None)) is not None
+        return bool(self.at_steps or self.every_n_steps or validates)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from: by definition nothing is forgotten yet."""
-        if trainer.global_step == 0:
-            self.start_values = self._start_values()
+        if trainer.global_step and self.start_values:  # a run that goes on has logged them
+            return
+        self.start_values = self._start_values()
+        if not trainer.global_step:
             _to_loggers(trainer, self.start_values)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At chosen optimizer steps; where a validation follows, it measures there."""
+        """At chosen optimizer steps; where a validation follows, it measures there.
+
+        After the last step it waits for the end: a budget may still take the weights back.
+        """
+        step = trainer.global_step
         validates = self._validation(trainer.datamodule) is not None and pl_module.validates_here()
-        if self._asked(trainer.global_step) and not validates:
+        if self._asked(step) and step < pl_module.planned_steps and not validates:
             self.observe(trainer, pl_module)
 
     def _asked(self, step: int) -> bool:
@@ -234,7 +268,8 @@ class ForgettingProbe(ForgettingControl):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """At the end, where no validation was."""
-        if self.at_end and trainer.global_step and self._last_step != trainer.global_step:
+        step = trainer.global_step
+        if step and (self.at_end or self._asked(step)) and self._last_step != step:
             self.observe(trainer, pl_module)
 
     # ---- a round --------------------------------------------------------------------------------------------------
@@ -272,9 +307,10 @@ class ForgettingProbe(ForgettingControl):
         assert stage.policy is not None
         began = time.perf_counter()
         found = self.measure(trainer, stage, self.with_kl, list(self._meter.sets))
-        self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
+        if self._first:
+            self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
         self.measured = {name: found[name] for name in self.domains}
-        self.last_values = _values(self.measured, found.get(TARGET), self.drift)
+        self.last_values = _values(self.measured, found.get(TARGET), self.drift, self._worst)
         self._last_step = trainer.global_step
         self.rounds += 1
         if trainer.is_global_zero:
@@ -297,7 +333,7 @@ class ForgettingProbe(ForgettingControl):
             }
             none |= {"kl": 0.0} if self.with_kl else {}
             values |= {f"forgetting/{name}/{key}": value for key, value in none.items()}
-        return values | {f"forgetting/worst/{key}": 0.0 for key in ("change", "change_low", "change_high")}
+        return values | {f"forgetting/{self._worst}/{key}": 0.0 for key in ("change", "change_low", "change_high")}
 
     def _line(self, step: int, seconds: float) -> str:
         parts = [
@@ -325,7 +361,9 @@ class ForgettingProbe(ForgettingControl):
         self.seconds, self.rounds = state_dict["seconds"], state_dict["rounds"]
 
 
-def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift | None) -> dict[str, float]:
+def _values(
+    measured: dict[str, Measured], target: Measured | None, moved: Drift | None, worst_name: str
+) -> dict[str, float]:
     """What is logged of a round."""
     values: dict[str, float] = {}
     for name, one in {**measured, **({} if target is None else {TARGET: target})}.items():
@@ -341,7 +379,7 @@ def _values(measured: dict[str, Measured], target: Measured | None, moved: Drift
         values |= {f"forgetting/{name}/{key}": value for key, value in known.items()}
     worst = max(measured.values(), key=lambda one: one.change)
     ends = {"change": worst.change, "change_low": worst.low, "change_high": worst.high}
-    values |= {f"forgetting/worst/{key}": value for key, value in ends.items()}
+    values |= {f"forgetting/{worst_name}/{key}": value for key, value in ends.items()}
     return values if moved is None else {**values, "forgetting/weights/change": moved.overall}
 
 

@@ -119,6 +119,16 @@ class ChangePenalty(ForgettingControl):
             return f"{type(stage.strategy).__name__} {NO_CHANGES}"
         return None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """Says it when the optimizer pulls elsewhere."""
+        decay = max(float(group.get("weight_decay", 0)) for one in trainer.optimizers for group in one.param_groups)
+        if decay and pl_module.strategy.trains_base and trainer.is_global_zero:
+            print(
+                f"  warning: the optimizer's weight_decay {decay:g} pulls toward zero and {self.name} to the start; "
+                "set it to 0",
+                flush=True,
+            )
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Stage, optimizer: Any) -> None:
         """Adds the gradient: unscaled, of the whole step, before clipping."""
         self.step_values = {}

@@ -41,8 +41,9 @@ class Replay(ForgettingControl):
         objective: `kl` or `ce`.
         ratio: Replay tokens for each trained token of the run's own rows.
         weight: Factor on the mean loss of the replay tokens.
-        num_rows: How many texts the model writes for `self`.
-        max_new_tokens: Most tokens of each.
+        num_rows: How many texts the model writes for `self` (256 when left out), or how many rows are taken, the first
+            of the source (all when left out).
+        max_new_tokens: Most tokens of each text of its own.
         seed: Seed of the order of the rows and of what is written.
         name: What it is called in the log.
 
@@ -56,7 +57,7 @@ class Replay(ForgettingControl):
         objective: Literal["kl", "ce"] = "kl",
         ratio: float = 0.1,
         weight: float = 1.0,
-        num_rows: int = 256,
+        num_rows: int | None = None,
         max_new_tokens: int = 128,
         seed: int = 0,
         name: str | None = None,
@@ -67,7 +68,7 @@ class Replay(ForgettingControl):
         if not 0 < ratio <= 100:
             raise ConfigError(f"Replay.ratio must be in (0, 100] replay tokens a trained token, got {ratio}.")
         for key, value in (("num_rows", num_rows), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"Replay.{key} must be at least 1, got {value}.")
         self.rows, self.objective, self.ratio, self.seed = rows, objective, ratio, seed
         self.num_rows, self.max_new_tokens = num_rows, max_new_tokens
@@ -75,15 +76,15 @@ class Replay(ForgettingControl):
 
     @override
     def added_rows(self, stage: Stage) -> AddedRows:
-        if self._added is None:
-            data: Any = stage.trainer.datamodule
-            if self.rows == OWN:
-                examples: Sequence[Example] = own_text(
-                    stage, None, self.num_rows, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
-                )
-            else:
-                examples = data.load_added(self.name, self.rows)
-            self._added = AddedRows(self.name, examples, self.ratio, self.seed)
+        data: Any = stage.trainer.datamodule
+        if self.rows == OWN:
+            examples: Sequence[Example] = own_text(
+                stage, None, self.num_rows or 256, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
+            )
+        else:
+            examples = data.load_added(self.name, self.rows)
+            examples = examples if self.num_rows is None else examples[: self.num_rows]
+        self._added = AddedRows(self.name, examples, self.ratio, self.seed)
         return self._added
 
     @property
@@ -108,7 +109,8 @@ class Replay(ForgettingControl):
     @override
     def describe(self) -> str:
         assert self._added is not None
-        what = f"{len(self._added.examples):,} texts of its own" if self.rows == OWN else self.rows
+        count = len(self._added.examples)
+        what = f"{count:,} texts of its own" if self.rows == OWN else f"{count:,} rows of {self.rows}"
         goal = "KL to the start" if self.objective == "kl" else "cross-entropy"
         return f"{self.name}: {what}, {goal}, {self.ratio:.3g} replay tokens a trained token, weight {self.weight:g}"
 

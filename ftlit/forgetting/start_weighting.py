@@ -27,11 +27,12 @@ class StartWeighting(ForgettingControl):
     """
 
     in_loss: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = False
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(1.0, name)
         self.note = ""
-        self._done = False
+        self._weighted: Any = None
 
     @abstractmethod
     def factors(self, nll: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -53,16 +54,16 @@ class StartWeighting(ForgettingControl):
 
     @override
     def prepare(self, stage: Stage) -> None:
-        if self._done:
+        data: Any = stage.trainer.datamodule
+        rows = data.sets["train"]
+        if rows is self._weighted:  # by an earlier run on the same data
             return
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
-        data: Any = stage.trainer.datamodule
-        rows = data.sets["train"]
         meter = Meter({"train": rows}, data.max_tokens or 4096)
         meter.prepare(stage.trainer, stage)
         data.reweight(self.factors(meter.start_tokens("train"), measure(rows).targets))
-        self._done = True
+        self._weighted = data.sets["train"]
 
     @override
     def describe(self) -> str:

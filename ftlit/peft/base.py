@@ -46,7 +46,7 @@ class Change(ABC):
 
     @abstractmethod
     def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
-        """Squared Frobenius norm of the change, differentiable.
+        """Squared Frobenius norm of the change, differentiable, at least float32.
 
         Args:
             second_moment: `C = E[x x^T]` of the layer's input, `[in, in]`; then `tr(change C change^T)` (with the
@@ -77,10 +77,11 @@ class DenseChange(Change):
 
     @override
     def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
+        delta = self.delta.to(torch.promote_types(self.delta.dtype, torch.float32))
         if second_moment is None:
-            return self.delta.square().sum()
-        delta = self.delta if self.input_dim == 1 else self.delta.t()
-        return (delta @ second_moment * delta).sum()
+            return delta.square().sum()
+        delta = delta if self.input_dim == 1 else delta.t()
+        return (delta @ second_moment.to(delta.dtype) * delta).sum()
 
 
 class LowRankChange(Change):
@@ -109,12 +110,14 @@ class LowRankChange(Change):
 
     @override
     def sq_norm(self, second_moment: Tensor | None = None) -> Tensor:
-        down, up = self.down, self.up.t()
+        wide = torch.promote_types(torch.promote_types(self.down.dtype, self.up.dtype), torch.float32)
+        down, up = self.down.to(wide), self.up.to(wide).t()
+        seen_down, seen_up = down, up
         if second_moment is not None and self.input_dim == 0:
-            up = up @ second_moment
+            seen_up = up @ second_moment.to(wide)
         elif second_moment is not None:
-            down = down @ second_moment
-        return self.scale**2 * ((down @ self.down.t()) * (up @ self.up)).sum()
+            seen_down = down @ second_moment.to(wide)
+        return self.scale**2 * ((seen_down @ down.t()) * (seen_up @ up.t())).sum()
 
 
 Alpha = float | Callable[[str], float]

@@ -6,8 +6,9 @@ import math
 import os
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self
 
 import lightning as L
 import torch
@@ -16,12 +17,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.budget import ForgettingBudget
+from ftlit.forgetting.early_stop import EarlyStopOnForgetting
 from ftlit.forgetting.prepare import prepare_controls
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
@@ -151,6 +154,7 @@ class Stage(L.LightningModule):
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
         self.validated_at = -1  # the optimizer step at which the last whole validation was
+        self._prepared = False
 
     drawn_tokens: int = 0
     """Most tokens that the policy draws for each row and is trained on."""
@@ -216,14 +220,17 @@ class Stage(L.LightningModule):
         self._tokenizer = tokenizer
 
     def configure_model(self) -> None:
-        """Loads the policy and applies the strategy, once; Lightning calls this where the strategy wants it built."""
-        if self.policy is not None:
-            return
-        self.policy = self.make_policy().train()
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
-            assert self.device_mesh is not None
-            shard(self.policy, self.device_mesh["data_parallel"])
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        """Loads the policy and applies the strategy, once, and prepares the controls of each fit.
+
+        Lightning calls this where the strategy wants it built.
+        """
+        if self.policy is None:
+            self.policy = self.make_policy().train()
+            if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
+                assert self.device_mesh is not None
+                shard(self.policy, self.device_mesh["data_parallel"])
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not self._prepared:
+            self._prepared = True
             prepare_controls(self)
 
     def make_policy(self) -> Any:
@@ -236,6 +243,20 @@ class Stage(L.LightningModule):
         if self.gradient_checkpointing:
             recompute_activations(lm)
         return Policy(lm, self.strategy)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, but casts no buffer to a narrower type.
+
+        With rotary frequencies in half precision tokens stand elsewhere: another model than the one that was loaded.
+        """
+        named = [(module, name, buffer) for module in self.modules() for name, buffer in module._buffers.items()]
+        super()._apply(fn, recurse)
+        for module, name, before in named:
+            now = module._buffers[name]
+            if before is not None and now is not None and now.element_size() < before.element_size():
+                module._buffers[name] = before.to(now.device)
+        return self
 
     def _load_dtype(self, strategy: PEFTStrategy) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
@@ -322,6 +343,7 @@ class Stage(L.LightningModule):
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
         if stage != "fit":
             return
+        self._prepared = False  # the model may be there already, from a validation or an earlier fit
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did
@@ -457,10 +479,12 @@ class Stage(L.LightningModule):
         return 1.0 + sum(control.weight for control in self.controls if control.normalised and control.in_loss)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What a budget turns, where the run has no control of its own."""
+        """What a budget turns, where the run has no control of its own, and the probe that is missing."""
         if self.trainer.state.fn != "fit":
             return []
-        return [*ForgettingBudget.default_controls(self.trainer.callbacks)]
+        callbacks: list[Any] = self.trainer.callbacks
+        added: list[L.Callback] = [*ForgettingBudget.default_controls(callbacks)]
+        return [*added, *EarlyStopOnForgetting.default_controls([*callbacks, *added])]
 
     def _seed_step(self) -> None:
         """Makes dropout a function of seed, step and rank, so that no generator state has to survive a restart."""

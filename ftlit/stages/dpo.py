@@ -109,8 +109,6 @@ class DPO(ValidatedStage):
 
     @override
     def configure_model(self) -> None:
-        if self.policy is not None:
-            return
         super().configure_model()
         if self.loss.needs_reference and self.policy is not None:
             self.strategy.remember_start(self.policy.lm)  # before the weights of a checkpoint are loaded

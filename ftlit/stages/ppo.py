@@ -177,9 +177,10 @@ class PPO(Stage):
 
     def configure_model(self) -> None:
         """Loads the policy, remembers its start, and adds a value head where the advantage needs one."""
-        if self.policy is not None:
-            return
+        there = self.policy is not None
         super().configure_model()
+        if there:
+            return
         assert self.policy is not None
         if disable_dropout(self.policy):
             rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)

@@ -48,7 +48,7 @@ def test_one_line_says_how_it_ended_and_a_run_that_goes_on_ends_the_same(ftlit, 
     said = [line for line in ftlit.out.splitlines() if line.startswith("budget ")]
     assert len([line for line in said if "of what was learnt" in line]) == 1
     assert "0.1% " in said[-1]
-    assert "12 texts not used before" in said[-1]
+    assert "12 texts that steered nothing" in said[-1]
     last = rows("whole")[-1]
     steered = [row for row in rows("whole") if "forgetting/budget/weight" in row]
     assert len(steered) >= 5
@@ -96,5 +96,6 @@ def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stag
         Path("prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi there"}]}\n' * 6)
         args += ["--model.reward", "mine.short", "--model.max_new_tokens", "5", "--data.train", "prompts.jsonl"]
     assert ftlit(*args, "--run", "r", "--model.lr", "0.01") == 0, ftlit.err
-    assert "texts not used before" in ftlit.out
-    assert ("of what was learnt" in ftlit.out) == (stage == "dpo")
+    assert "texts that steered nothing" in ftlit.out
+    assert "of what was learnt" not in ftlit.out  # neither learns the likelihood of rows
+    assert "forgetting/budget/verdict" in json.loads(Path("r/summary.json").read_text())["end"]

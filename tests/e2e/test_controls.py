@@ -31,6 +31,17 @@ def test_every_overlay_runs(overlay, ftlit, fit_args, tmp_path, monkeypatch):
     assert saved["global_step"] == 4 or overlay == "early_stop"
 
 
+def test_a_stop_listens_to_the_probe_of_the_run(ftlit, fit_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "cache"))
+    probe = ["--config", "forgetting/probe", "--trainer.callbacks.domains={own: self}"]
+    probe += ["--trainer.callbacks.own_rows=32", "--trainer.callbacks.own_new_tokens=4"]
+    stop = ["--config", "forgetting/early_stop", "--trainer.callbacks.max_increase=1e-6"]
+    args = [*fit_args, *probe, *stop, "--run", "run", "--trainer.max_steps", "20", "--model.lr", "0.05"]
+    assert ftlit(*args) == 0, ftlit.err
+    assert "measured at steps 2, 5, 10, at validations and at the end" in ftlit.out
+    assert "are put back" in ftlit.out
+
+
 def test_a_refusal_is_one_sentence(ftlit, fit_args):
     args = [*fit_args, "--config", "peft/prefix_tuning", "--config", "forgetting/interpolate", "--run", "run"]
     args = [one for one in args if one not in ("peft/lora", "--model.peft.rank", "4")]

@@ -3,15 +3,20 @@
 import copy
 import math
 
+import lightning as L
 import pytest
 import torch
+import yaml
 
 from ftlit.data.added import AddedRows
 from ftlit.errors import ConfigError
-from ftlit.forgetting import ForgettingBudget, ForgettingProbe, Replay
+from ftlit.forgetting import EarlyStopOnForgetting, ForgettingBudget, ForgettingProbe, Replay
+from ftlit.forgetting.budget import FIRST_VERDICT
 from ftlit.forgetting.documents import Documents
 from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.shipped import config_dir
 from ftlit.testing import tiny_examples
+from tests.forgetting.test_early_stop import Probe, nll
 from tests.stages.test_step import fit
 
 LENGTHS = (9, 8, 7, 10, 12, 6, 11, 9, 8, 10, 7, 12)
@@ -36,6 +41,9 @@ class Blind(ForgettingProbe):
 
     def prepare(self, stage):
         pass
+
+    def held_out(self):
+        return {}
 
     def describe(self):
         return "blind"
@@ -147,6 +155,50 @@ def test_the_loss_keeps_its_size():
         torch.testing.assert_close(one, gradients[1][name], rtol=1e-5, atol=1e-7)  # RMSNorm rounds
 
 
+class Stops(L.Callback):
+    def on_train_batch_end(self, trainer, stage, *args):
+        trainer.should_stop = trainer.global_step >= 4
+
+
+@pytest.mark.parametrize("more", [[], [Stops]], ids=["planned", "stopped"])
+@pytest.mark.parametrize("probe_first", [True, False])
+def test_the_table_is_of_the_weights_that_were_judged(more, probe_first):
+    """Wherever the probe stands among the callbacks, and though it had measured the last step already."""
+    budget, probe = Budget(max_increase=0.005), Probe(every_n_steps=1)
+    callbacks = [*([probe, budget] if probe_first else [budget, probe]), Given(ratio=0.1), *(one() for one in more)]
+    options = {"callbacks": callbacks, "max_epochs": 6, "gradient_clip_val": None}
+    stage, _, runner = fit(
+        LoRA(rank=3), lengths=LENGTHS, trainer=options, stage={"lr": 5e-2, "warmup": 2}, batch_size=6
+    )
+    assert runner.global_step == (4 if more else 12)
+    assert 0 < budget.outcome["alpha"] < 1
+    assert probe.last_values["forgetting/general/nll"] == pytest.approx(nll(stage), abs=1e-9)
+    verdict = budget._meters["second"].measure(runner, stage)["own"]
+    assert budget.outcome["verdict"] == pytest.approx(verdict.change, abs=1e-9)
+
+
+def test_nothing_learnt_is_not_all_kept(capsys):
+    class Worse(Budget):
+        def _gain(self, trainer, stage):
+            return -0.25
+
+    budget = Worse(max_increase=2.0)
+    run(budget, epochs=2)
+    assert "kept" not in budget.outcome
+    out = capsys.readouterr().out
+    assert "nothing was learnt (the loss on the target rows rose by 0.250 nats a token)" in out
+    assert "of what was learnt" not in out
+
+
+def test_the_time_before_a_stop_counts():
+    budget = Budget()
+    run(budget, epochs=2)
+    state = budget.state_dict()
+    then = Budget()
+    then.load_state_dict(state)
+    assert then._spent() == state["spent"] > budget.seconds > 0
+
+
 def test_prefixes_cannot_go_back_but_are_steered_and_judged():
     budget = Budget(max_increase=0.01)
     run(budget, PrefixTuning(), lr=1e-2)
@@ -157,6 +209,9 @@ def test_prefixes_cannot_go_back_but_are_steered_and_judged():
 def test_defaults_and_refusals():
     added = ForgettingBudget.default_controls([ForgettingBudget()])
     assert [type(one).__name__ for one in added] == ["Replay", "ForgettingProbe"]
+    (_, probe) = ForgettingBudget.default_controls([ForgettingBudget(documents=20, new_tokens=7, seed=3)])
+    # The texts by which it judges: none but those are written, and none that steers is shown.
+    assert (probe.own_first, probe.own_rows, probe.own_new_tokens, probe.seed) == (FIRST_VERDICT, 20, 7, 3)
     assert ForgettingBudget.default_controls([Replay()]) == []
     assert ForgettingBudget.default_controls([ForgettingBudget(), Replay(), ForgettingProbe()]) == []
     for options in ({"max_increase": 0.0}, {"documents": 1}, {"domains": {}}, {"probes": 0}):
@@ -164,3 +219,17 @@ def test_defaults_and_refusals():
             ForgettingBudget(**options)
     with pytest.raises(ConfigError, match="no control of this run is called 'ewc'; there are replay"):
         run(Budget(controls=["ewc"]))
+    with pytest.raises(ConfigError, match="blind has no weight that could be turned"):
+        run(Budget(controls=["blind"]))
+    with pytest.raises(ConfigError, match="use one of them"):
+        fit(LoRA(rank=3), trainer={"callbacks": [Budget(), Given(), Blind(), EarlyStopOnForgetting()]})
+
+
+def test_the_quickstart_shows_the_texts_that_judge():
+    """Those of both runs are written once, and none of them steers."""
+    files = [config_dir() / f"{name}.yaml" for name in ("quickstart", "quickstart_budget")]
+    callbacks = [one for file in files for one in yaml.safe_load(file.read_text())["trainer"]["callbacks+"]]
+    settings = {one["class_path"]: one["init_args"] for one in callbacks}
+    probe, budget = settings["ForgettingProbe"], settings["ForgettingBudget"]
+    assert probe["own_first"] == FIRST_VERDICT
+    assert (probe["own_rows"], probe["own_new_tokens"]) == (budget["documents"], budget["new_tokens"])

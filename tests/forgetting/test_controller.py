@@ -24,7 +24,7 @@ def test_settles_at_the_limit(forgets):
     values = settle(controller, forgets)
     assert values[-1] == pytest.approx(0.02, rel=0.02)
     assert controller.weight == pytest.approx(forgets / 0.02 - 1, rel=0.05)
-    assert controller.saturated == 0
+    assert not controller.out_of_reach
 
 
 def test_falls_to_zero_where_there_is_slack():
@@ -47,9 +47,22 @@ def test_says_when_it_is_at_its_end():
     controller = IntegralController(0.02, most=3.0)
     settle(controller, 1.0, 10)
     assert controller.weight == 3.0
-    assert controller.saturated >= 4
+    assert controller.out_of_reach
     settle(controller, 0.03, 60)
-    assert controller.saturated == 0
+    assert not controller.out_of_reach
+
+
+@pytest.mark.parametrize(("probes", "gain"), [(10, 0.5), (30, 0.5), (30, 0.2)])
+def test_a_limit_out_of_reach_is_said_early_and_one_within_reach_is_not(probes, gain):
+    """What is measured goes to `plain / (1 + weight)`, at its own pace and with noise."""
+    for plain in (0.03, 0.06, 0.1, 0.5, 1.0):
+        controller, value, said = IntegralController(0.02), 0.0, []
+        for number in range(probes):
+            value += gain * (plain / (1 + controller.weight) - value)
+            controller.update(value + 0.003 * math.sin(2.4 * number), left=probes - 1 - number)
+            said += [number] if controller.out_of_reach else []
+        assert bool(said) == (plain > 0.1), plain
+        assert not said or said[0] <= (5 if probes == 10 else 9)
 
 
 def test_first_measurements_by_hand():

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftlit.batch import Example, pack
 from ftlit.errors import ConfigError
-from ftlit.forgetting import EarlyStopOnForgetting, ForgettingProbe
+from ftlit.forgetting import EarlyStopOnForgetting, ForgettingProbe, Interpolate
 from ftlit.forgetting.documents import Documents
 from ftlit.peft import Full, LoRA, PrefixTuning
 from ftlit.testing import tiny_examples, tiny_lm
@@ -52,6 +52,12 @@ class Probe(ForgettingProbe):
     def _documents(self, stage, data, rows, name):
         self._words[name] = "made in code"
         return Documents(GENERAL_ROWS)
+
+
+def test_a_probe_that_measures_at_the_end_only_is_too_late():
+    probe = Probe(every_n_steps=None, at_validations=False)
+    with pytest.raises(ConfigError, match="probe measures at the end only, which is too late to stop"):
+        run(LoRA(rank=3), callbacks=[probe, EarlyStopOnForgetting()])
 
 
 class Weights(L.Callback):
@@ -145,9 +151,24 @@ def test_what_was_kept_survives_a_stop(tmp_path):
         assert torch.equal(parameter, weights.after[2][name])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_put_back_is_then_moved_to_the_start(first):
+    """In whatever order the two stand."""
+
+    class Late(Probe):
+        worst_change = property(lambda self: float(self._last_step > 2))
+
+    weights, stop, half = Weights(), EarlyStopOnForgetting(), Interpolate(alpha=0.5)
+    module, _, runner = run(Full(), callbacks=[Late(), *([stop, half] if first else [half, stop]), weights])
+    assert stop.stopped_at == runner.global_step == 3
+    for name, parameter in module.named_parameters():
+        middle = (weights.after[0][name] + weights.after[2][name]) / 2
+        torch.testing.assert_close(parameter, middle, rtol=0, atol=1e-12)
+
+
 def test_what_it_cannot_do_is_refused_in_a_sentence():
-    with pytest.raises(ConfigError, match="it listens to a ForgettingProbe"):
-        run(Full(), callbacks=[EarlyStopOnForgetting()])
+    assert [type(one) for one in EarlyStopOnForgetting.default_controls([EarlyStopOnForgetting()])] == [ForgettingProbe]
+    assert not EarlyStopOnForgetting.default_controls([EarlyStopOnForgetting(), Probe()])
     with pytest.raises(ConfigError, match="ForgettingProbe called"):
         run(Full(), callbacks=[Probe(), EarlyStopOnForgetting(probe="other")])
     with pytest.raises(ConfigError, match="name exactly one"):

@@ -7,6 +7,7 @@ import torch
 
 from ftlit.errors import ConfigError
 from ftlit.forgetting import EWC, ewc
+from ftlit.models.score import Head
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.peft.io import save_adapter
 from ftlit.stages import SFT
@@ -80,7 +81,7 @@ def test_the_square_is_taken_for_each_example_of_the_start_model(kind, monkeypat
                 parameter.normal_()
     generator = torch.Generator().manual_seed(1)
     labels = [torch.randint(0, 300, (row.num_targets,), generator=generator) for row in ROWS]
-    monkeypatch.setattr(ewc, "_drawn", lambda logits, seed, number: labels[number])
+    monkeypatch.setattr(ewc, "_drawn", lambda hidden, head, seed, number: labels[number])
     before = {name: p.requires_grad for name, p in stage.policy.lm.named_parameters()}
     found = ewc.fisher(stage, ROWS, names_of(stage))
     assert {name: p.requires_grad for name, p in stage.policy.lm.named_parameters()} == before
@@ -96,11 +97,13 @@ def test_the_square_is_taken_for_each_example_of_the_start_model(kind, monkeypat
 
 def test_labels_are_drawn_from_the_model():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -50.0]], dtype=torch.float64).expand(20000, -1)
-    drawn = ewc._drawn(logits, 0, 3)
+    head = Head(torch.eye(5, dtype=torch.float64), None)
+    drawn = ewc._drawn(logits, head, 0, 3)
     share = torch.bincount(drawn, minlength=5) / len(drawn)
     torch.testing.assert_close(share.double(), torch.softmax(logits[0], -1), rtol=0, atol=0.01)
-    assert torch.equal(drawn, ewc._drawn(logits, 0, 3))
-    assert not torch.equal(drawn, ewc._drawn(logits, 0, 4))
+    assert torch.equal(drawn, ewc._drawn(logits, head, 0, 3))
+    assert torch.equal(drawn[:100], ewc._drawn(logits[:100], head, 0, 3))  # however many are held at once
+    assert not torch.equal(drawn, ewc._drawn(logits, head, 0, 4))
 
 
 def test_it_is_the_curvature_of_the_divergence_a_token():

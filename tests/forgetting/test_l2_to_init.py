@@ -4,6 +4,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.peft.io import save_adapter
 from ftlit.stages import SFT
 from ftlit.stages.fsdp import FSDP2
-from ftlit.testing import tiny_examples, tiny_lm
+from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
+from ftlit.testing.control_suite import TinyData
 from tests.forgetting.runs import changes, run
 from tests.forgetting.test_replay import GENERAL, losses
 from tests.stages.test_step import LENGTHS, assert_same
@@ -248,5 +250,51 @@ def test_what_is_saved_up_is_in_the_state():
 
 
 def test_weight_decay_beside_it_is_said(capsys):
-    run(Full(), control=L2ToInit(), stage={"weight_decay": 0.1})
-    assert "model.weight_decay 0.1 pulls toward zero" in capsys.readouterr().out
+    """Also that of another optimizer, whose own default it may be; an adapter that decays goes to the start as well."""
+    by_hand = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3)}
+    for strategy, options, said in [
+        (
+            Full(),
+            {"weight_decay": 0.1},
+            "weight_decay 0.1 pulls toward zero and l2_to_init to the start",
+        ),
+        (Full(), by_hand, "weight_decay 0.01 pulls toward zero"),
+        (Full(), {}, None),
+        (LoRA(rank=3), {"weight_decay": 0.1}, None),
+    ]:
+        run(strategy, control=L2ToInit(), stage=options)
+        out = capsys.readouterr().out
+        assert said in out if said else "toward zero" not in out
+
+
+@pytest.fixture
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTLIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("make", [Full, lambda: LoRA(rank=3)], ids=["Full", "LoRA"])
+def test_it_runs_in_half_precision_or_says_why_not(make, precision):
+    def train(control):
+        torch.manual_seed(0)
+        dtype = torch.float32 if "mixed" in precision else torch.bfloat16
+        stage = SFT(tiny_lm("llama", dtype), make(), lr=1e-2, warmup=0)
+        stage.tokenizer = tiny_tokenizer()
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=3,
+            enable_model_summary=False, max_epochs=-1, precision=precision, callbacks=[control],
+        )  # fmt: skip
+        trainer.fit(stage, TinyData())
+        return stage
+
+    coupled = L2ToInit("coupled", strength=1.0, rows="general")
+    train(coupled)
+    assert coupled.step_values["loss"] > 0
+    assert coupled.step_values["distance"] > 0
+    assert all(moment.dtype == torch.float32 for moment in coupled._moments.values())
+    if precision == "bf16-true":
+        with pytest.raises(ConfigError, match="lost in the rounding of weights in bfloat16"):
+            train(L2ToInit())
+    else:
+        train(L2ToInit())

@@ -1,6 +1,7 @@
 """Replay: the gradient is the one of its formula, however a step is cut, and weight 0 is no replay at all."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ftlit.errors import ConfigError
 from ftlit.forgetting import Replay
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.testing import tiny_examples, tiny_lm
+from ftlit.testing.control_suite import TinyData
 from tests.stages.test_step import LENGTHS, assert_same, fit
 
 GENERAL = (7, 3, 10, 5, 6, 4, 8)
@@ -108,6 +110,16 @@ def test_dropout_does_not_touch_the_start():
     control = Given(ratio=1.0)
     _, record, _ = fit(LoRA(rank=3, dropout=0.5), trainer={"max_epochs": -1, "max_steps": 1, "callbacks": [control]})
     assert record.steps[0]["forgetting/replay/loss"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_first_rows_of_a_source_are_taken():
+    rows = [list(row.input_ids) for row in tiny_examples(GENERAL, seed=7)]
+    for num_rows, count in ((None, len(rows)), (3, 3)):
+        stage = SimpleNamespace(trainer=SimpleNamespace(datamodule=TinyData()))
+        control = Replay("general", num_rows=num_rows)
+        added = control.added_rows(stage)
+        assert [list(row.input_ids) for row in added.examples] == rows[:count]
+        assert f"replay: {count} rows of general, KL to the start" in control.describe()
 
 
 def test_two_of_a_name_and_settings_out_of_range_are_refused():
