@@ -86,7 +86,7 @@ class Report(L.Callback):
             f"model      {pl_module.name_of_policy} ({type(lm).__name__}, {total / 1e6:.1f} M weights, {_dtype(lm)})",
             f"strategy   {type(strategy).__name__}: {trained:,} trained ({trained / total:.2%} of the model), "
             f"{changed:,} of its own weights can change ({changed / total:.1%})",
-            f"memory     about {estimate(lm, strategy, data, pl_module.gradient_checkpointing) / 1e9:.1f} GB at most",
+            f"memory     about {estimate(pl_module, data) / 1e9:.1f} GB at most",
             f"run        {trainer.default_root_dir}",
         ]
         if data is not None and hasattr(data, "describe"):
@@ -199,16 +199,19 @@ def count(lm: PreTrainedModel, strategy: PEFTStrategy) -> tuple[int, int, int]:
     return trained, strategy.num_changed(lm), every if strategy.trains_base else every - trained
 
 
-def estimate(lm: PreTrainedModel, strategy: PEFTStrategy, data: Any, checkpointing: bool) -> float:
+def estimate(stage: Stage, data: Any) -> float:
     """Bytes that training will need at most: weights, gradients, AdamW's two moments, activations, one logits tile."""
-    weights = sum(p.numel() * p.element_size() for p in lm.parameters())
-    states = sum(p.numel() * p.element_size() * 3 for p in strategy.trained(lm).values())
+    assert stage.policy is not None
+    lm, strategy = stage.policy.lm, stage.strategy
+    weights = sum(p.numel() * p.element_size() for p in stage.parameters())
+    states = sum(p.numel() * p.element_size() * 3 for p in stage.parameters() if p.requires_grad)
     config = lm.config
     longest = max((len(e.input_ids) for e in getattr(data, "sets", {}).get("train", [])), default=0)
+    longest += stage.drawn_tokens
     tokens = max(
         longest, min(getattr(data, "max_tokens", None) or longest * data.batch_size, longest * data.batch_size)
     )
-    kept = 1.0 if checkpointing else (_KEPT_FULL if strategy.trains_base else _KEPT_FROZEN)
+    kept = 1.0 if stage.gradient_checkpointing else (_KEPT_FULL if strategy.trains_base else _KEPT_FROZEN)
     size = next(lm.parameters()).element_size()
     activations = tokens * config.hidden_size * config.num_hidden_layers * kept * size
     return weights + states + activations + 3e8

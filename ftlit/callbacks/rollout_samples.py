@@ -24,10 +24,12 @@ class RolloutSamples(L.Callback):
         self.rows = rows
         self._wrote = False
         self._resumed_at: int | None = None
+        self._validated = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where a run goes on."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Notes where a run goes on, and whether it was validated there."""
         self._resumed_at = trainer.global_step if trainer.ckpt_path else None
+        self._validated = pl_module.validated_at == trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the answers of a rollout after its first step."""
@@ -66,7 +68,9 @@ class RolloutSamples(L.Callback):
         if self._resumed_at is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
-                    if json.loads(line)["step"] < self._resumed_at:
+                    record = json.loads(line)
+                    last = self._resumed_at if self._validated and record["set"] != "train" else self._resumed_at - 1
+                    if record["step"] <= last:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue

@@ -160,7 +160,9 @@ class PromptData(SFTData):
         elif stage == "test" and "test" not in self.rows:
             self._keep("test", "test", self._read("test", [self.test_file]))
         elif stage == "predict":
-            raise ConfigError("PromptData has no rows for `ftlit predict`; use SFTData's data.predict, or `generate`.")
+            raise ConfigError(
+                "PromptData has no rows for `ftlit predict`; use SFTData's data.predict, or `ftlit generate`."
+            )
 
     @override
     def train_dataloader(self) -> Any:

@@ -124,8 +124,9 @@ def _open_run(folder: Path, base: str | None, which: str) -> Opened:
         lm.config.get_text_config().pad_token_id = about["pad_token_id"]
         lm.config.problem_type = about["problem_type"]
         head = ScalarPolicy(lm, strategy, new).head
-    state = checkpoint["state_dict"]
-    _copy(lm, strategy, {key.removeprefix("policy.lm."): tensor for key, tensor in state.items()}, path)
+    prefix = "policy.lm."  # a stage may train more, such as values
+    state = {k.removeprefix(prefix): tensor for k, tensor in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    _copy(lm, strategy, state, path)
     tokenizer = load_tokenizer(policy, bool(settings.get("trust_remote_code")))
     if data.get("chat_template") or not tokenizer.chat_template:
         from ftlit.data.templating import ChatTemplate

@@ -111,11 +111,14 @@ class ScalarPolicy(nn.Module):
         if self.bidirectional:
             batch = unbranched(batch)
         self._check_length(batch.segments)
-        batch = batch.replace(target_positions=read_places(lm, batch))
+        return self.read(batch.replace(target_positions=read_places(lm, batch)))
+
+    def read(self, batch: PackedBatch) -> Tensor:
+        """What the head says at the places of the targets, `[N, L]`."""
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
-        batch = self.strategy.prepare(lm, batch)
-        return read_packed(lm, batch, **self.strategy.attention_kwargs(lm, batch))
+        batch = self.strategy.prepare(self.lm, batch)
+        return read_packed(self.lm, batch, **self.strategy.attention_kwargs(self.lm, batch))
 
     def _check_length(self, segments: Segments) -> None:
         if self.longest is None:

@@ -23,6 +23,8 @@ from ftlit.peft.lora_layers import LoRALinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ftlit.models.heads import ScalarPolicy
+
 
 class Policy(nn.Module):
     """Runs packed batches through a causal language model.
@@ -53,6 +55,7 @@ class Policy(nn.Module):
         needs: AbstractSet[str] = frozenset(),
         watch: AbstractSet[str] = frozenset(),
         kl: Mapping[int, float] | None = None,
+        temperature: float = 1.0,
     ) -> TokenScores:
         """Scores every target of a micro-batch.
 
@@ -62,6 +65,7 @@ class Policy(nn.Module):
             watch: Further scores without gradients.
             kl: For some sources of rows the temperature of the divergence from the model at the start of the run to the
                 present one; it costs a pass of the start model over their rows.
+            temperature: All scores but `kl` are those of the distribution `softmax(logits / temperature)`.
 
         Returns:
             Log-probability (nats) and top-1 hit of each target, `[N]`, and what was asked for.
@@ -71,7 +75,7 @@ class Policy(nn.Module):
         """
         wanted = {source: temperature for source, temperature in (kl or {}).items() if source in batch.sources}
         hidden = self.hidden(batch)
-        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch)
+        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch, temperature=temperature)
         if "states" in needs:
             scores = scores._replace(states=hidden)
         if kl is None:
@@ -221,7 +225,7 @@ def has_dropout(lm: nn.Module) -> bool:
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
-def disable_dropout(policy: Policy) -> bool:
+def disable_dropout(policy: Policy | ScalarPolicy) -> bool:
     """Sets every chance of dropping something to 0; returns whether one was not."""
     found = has_dropout(policy)
     for module in policy.modules():

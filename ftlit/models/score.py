@@ -61,6 +61,7 @@ def token_scores(
     needs: AbstractSet[str] = frozenset(),
     watch: AbstractSet[str] = frozenset(),
     tile_bytes: int | None = None,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """Log-probability of each target token, and what else is asked for.
 
@@ -71,6 +72,7 @@ def token_scores(
         needs: `entropy`, `mean_logps`: with their gradients.
         watch: The same names, `choice` and `log_sum_sq`: values without gradients, which cost no memory.
         tile_bytes: Memory for logits in flight, bytes; chosen by device when left out.
+        temperature: All scores are those of the distribution `softmax(logits / temperature)`.
 
     Returns:
         The scores; differentiable with respect to `hidden`, and to the head where it requires gradients.
@@ -85,7 +87,7 @@ def token_scores(
         low = factor * F.linear(F.dropout(hidden, dropout), down.to(hidden.dtype))
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
-        head.scale, head.softcap, rows, "mean_logps" in needs, "mean_logps" in needs | watch,
+        head.scale, head.softcap, float(temperature), rows, "mean_logps" in needs, "mean_logps" in needs | watch,
         "entropy" in needs, "entropy" in needs | watch, "choice" in watch, "log_sum_sq" in watch,
     )  # fmt: skip
     values = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
@@ -98,6 +100,7 @@ class _Plan(NamedTuple):
 
     scale: float
     softcap: float | None
+    temperature: float
     rows: int
     mean_grad: bool
     mean: bool
@@ -161,6 +164,8 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _
         bent = torch.tanh_(logits / plan.softcap)
         slope = 1 - bent.square()
         logits = bent.mul_(plan.softcap)
+    if plan.temperature != 1.0:
+        logits /= plan.temperature
     chosen = logits.gather(1, targets[:, None])
     top = logits.amax(1, keepdim=True)
     choice = logits.argmax(1) if plan.choice else None
@@ -215,7 +220,8 @@ def _dlogits(
         grad.scatter_add_(1, targets[:, None], torch.zeros_like(sums) + logps)
     if slope is not None:
         grad *= slope
-    return grad.mul_(plan.scale) if plan.scale != 1.0 else grad
+    outer = plan.scale / plan.temperature
+    return grad.mul_(outer) if outer != 1.0 else grad
 
 
 class _TokenScores(torch.autograd.Function):

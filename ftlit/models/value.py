@@ -1,10 +1,24 @@
-"""The value head: what reward a policy expects from here on."""
+"""What reward is expected from a token on: a head on the policy's states, or a model of its own."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
+
+from ftlit.batch import PackedBatch
+from ftlit.errors import ConfigError
+from ftlit.models.heads import ScalarPolicy, bidirectional, reads_first
+from ftlit.models.load import Classifier, load_classifier, load_tokenizer
+from ftlit.models.policy import recompute_activations
+from ftlit.objectives.scores import TokenScores
+from ftlit.peft.base import PEFTStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ValueHead(nn.Module):
@@ -22,19 +36,86 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
         self.detached = detached
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, batch: PackedBatch, scores: TokenScores) -> Tensor:
         """The value before each token.
 
         Args:
-            states: Hidden states, `[N, D]`.
+            batch: The micro-batch; not read.
+            scores: What the policy said of its targets, with their `states`.
 
         Returns:
             `[N]`, in the type of its weights.
         """
-        if self.detached:
-            states = states.detach()
+        assert scores.states is not None
+        states = scores.states.detach() if self.detached else scores.states
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.to(self.weight.dtype), self.weight[None], self.bias)[:, 0]
 
 
-__all__ = ["ValueHead"]
+class ValueModel(ScalarPolicy):
+    """A model of its own beside the policy: a causal sequence classifier with one output, read before each token.
+
+    Args:
+        loaded: The classifier, prepared. A head that is new starts at 0, that of a reward model stays.
+        strategy: What is trained of its trunk; the head always is.
+
+    Raises:
+        ConfigError: If it reads whole texts only, or the strategy cannot be used with it.
+    """
+
+    def __init__(self, loaded: Classifier, strategy: PEFTStrategy) -> None:
+        if reads_first(loaded.lm) or bidirectional(loaded.lm):
+            raise ConfigError(
+                f"model.value_model: {type(loaded.lm).__name__} sees what comes after a token; give a causal model."
+            )
+        super().__init__(loaded.lm, strategy, loaded.new)
+        with torch.no_grad():
+            for name in loaded.new:
+                for parameter in loaded.lm.get_submodule(name).parameters():
+                    parameter.zero_()
+
+    @override
+    def forward(self, batch: PackedBatch, scores: TokenScores) -> Tensor:  # type: ignore[override]
+        """The value before each token.
+
+        Args:
+            batch: The micro-batch.
+            scores: What the policy said of its targets; not read.
+
+        Returns:
+            `[N]`, at least float32.
+        """
+        self._check_length(batch.segments)
+        return self.read(batch)[:, 0]
+
+
+def load_value_model(
+    source: str | PreTrainedModel,
+    strategy: PEFTStrategy,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> ValueModel:
+    """A value model from a language model or a reward model.
+
+    Args:
+        source: Hub id, folder, or a model built in Python.
+        strategy: What is trained of its trunk.
+        tokenizer: The policy's.
+        dtype: Type of its weights.
+        checkpointing: Recompute its activations in backward.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ConfigError: If it cannot be opened, or reads other tokens than the policy.
+    """
+    if isinstance(source, str) and load_tokenizer(source, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"model.value_model: {source} has another tokenizer than the policy, whose tokens it reads.")
+    loaded = load_classifier(source, ["value"], dtype, trust_remote_code=trust_remote_code)
+    if checkpointing:
+        recompute_activations(loaded.lm)
+    return ValueModel(loaded, strategy)
+
+
+__all__ = ["ValueHead", "ValueModel", "load_value_model"]

@@ -35,6 +35,11 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
 
+    @property
+    def greedy(self) -> Sampling:
+        """One answer, the likeliest token each time."""
+        return self._replace(num_answers=1, temperature=0.0)
+
 
 class Generator(ABC):
     """Answers prompts with the policy as it is now.
@@ -79,7 +84,8 @@ class BatchedGenerator(Generator):
         max_tokens: Most tokens at once, prompts and answers with padding: bounds memory.
         merge: Whether an adapter that can be folded into the weights is, while answers are drawn: into a copy of the
             adapted weights, and the originals are put back as they were. Measured with rank 8 on a CPU, drawing takes
-            about 5 % less time (short answers do not pay for the merging); it needs memory for the copy.
+            about 5 % less time (short answers do not pay for the merging); it needs memory for the copy. A model in
+            half precision is never merged: rounding the sum would lose an adapter that has just begun to learn.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -104,7 +110,7 @@ class BatchedGenerator(Generator):
         quiet: bool = False,
     ) -> list[Answer]:
         progress = Progress(len(seeds), "drawing answers", quiet)
-        folds = self.merge and strategy.mergeable and not strategy.trains_base
+        folds = self.merge and strategy.mergeable and not strategy.trains_base and lm.dtype.itemsize >= 4
         with merged(lm, strategy) if folds else nullcontext():
             answers = answer(
                 lm, None if folds else strategy, tokenizer, prompts,
@@ -132,13 +138,15 @@ def merged(lm: PreTrainedModel, strategy: PEFTStrategy) -> Iterator[None]:
     with strategy.start(lm):
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
-            for name, delta in changes.items():
+            for name in list(changes):
+                delta = changes.pop(name)  # a change is let go when it lies in the weights
                 path, _, own = name.rpartition(".")
                 module = lm.get_submodule(path)
                 original = module.get_parameter(own)
                 value = original.detach().to(delta.dtype) + delta
                 originals.append((module, own, original))
                 setattr(module, own, nn.Parameter(value.to(original.dtype), requires_grad=False))
+                del delta, value
             yield
         finally:
             for module, own, original in originals:

@@ -1,7 +1,8 @@
 """Rewards: what an answer is worth, from one or several functions.
 
 A reward has the contract of a verifier: `(prompts, completions, **columns) -> list[float]`. A Python function serves,
-and so does a trained reward model that scores texts.
+and so does a trained reward model that scores texts. It also is given `completion_ids`, the tokens of each answer with
+its end token, and may say of an answer a list of numbers: one for each of these tokens.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ftlit.errors import ConfigError
 from ftlit.objectives.advantages import Total, alone, moments
-from ftlit.rollout.verifiers import Prompt, Verifier, name_of, resolve, verify
+from ftlit.rollout.verifiers import Prompt, Verifier, ask, finite, name_of, resolve
 
 Reward = Verifier
 """The contract: see `Verifier`."""
@@ -25,6 +26,8 @@ Reward = Verifier
 @dataclass
 class RewardShaping:
     """What is done to the weighted sum of the rewards of an answer, in this order.
+
+    Rewards of single tokens stay where they are (divided by the same number); all else lies on the last token.
 
     Args:
         whiten: Whether it is divided by the running standard deviation of all rewards of the run, after their running
@@ -83,6 +86,18 @@ class RunningMoments:
         self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
 
 
+class Said(NamedTuple):
+    """What K rewards say of S answers with N tokens together, float32.
+
+    Attributes:
+        scores: Of each answer, `[K, S]`: the number, or the sum of those of its tokens.
+        tokens: The weighted sum of what was said of each token, `[N]`; it is part of the scores.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+
+
 class Rewards:
     """Several rewards with weights, and what is done to their sum.
 
@@ -114,23 +129,41 @@ class Rewards:
         self.names = _distinct([name_of(function) for function in self.functions])
 
     def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> Tensor:
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        tokens: Sequence[Sequence[int]],
+    ) -> Said:
         """What each reward says of each answer.
 
         Args:
             prompts: The turns before each answer.
             completions: The answers.
             columns: Columns of their rows, and `reference`.
-
-        Returns:
-            `[K, S]`, float32, for K rewards.
+            tokens: The tokens of each answer; the rewards know them as the column `completion_ids`.
 
         Raises:
-            ConfigError: If a reward does not return one finite number an answer.
+            ConfigError: If a reward does not return one finite number an answer, or one for each of its tokens.
         """
-        said = [verify(function, prompts, completions, columns) for function in self.functions]
-        return torch.tensor(said, dtype=torch.float32).reshape(len(said), len(completions))
+        scores = torch.zeros(len(self.functions), len(completions), dtype=torch.float32)
+        each = [torch.zeros(len(one), dtype=torch.float32) for one in tokens]
+        columns = {**columns, "completion_ids": tokens}
+        for number, (function, weight) in enumerate(zip(self.functions, self.weights, strict=True)):
+            name, values = name_of(function), ask(function, prompts, completions, columns)
+            for place, value in enumerate(values):
+                if not isinstance(value, list | tuple) and not getattr(value, "shape", ()):
+                    continue
+                if len(value) != len(tokens[place]):
+                    raise ConfigError(
+                        f"reward {name} gave {len(value)} numbers for an answer of {len(tokens[place])} tokens; give "
+                        "one for each of completion_ids, or one for the answer."
+                    )
+                found = torch.tensor(finite(name, value, [completions[place]] * len(value)), dtype=torch.float32)
+                each[place] += weight * found
+                values[place] = found.sum()
+            scores[number] = torch.tensor(finite(name, values, completions), dtype=torch.float32)
+        return Said(scores, torch.cat([*each, torch.zeros(0, dtype=torch.float32)]))
 
     def to(self, device: torch.device | str) -> None:
         """Moves the rewards that are models."""
@@ -138,9 +171,14 @@ class Rewards:
             if hasattr(function, "to"):
                 function.to(device)
 
-    def weighted(self, said: Tensor) -> Tensor:
+    def weighted(self, scores: Tensor) -> Tensor:
         """The weighted sum, `[S]`."""
-        return torch.tensor(self.weights, dtype=said.dtype) @ said
+        return (torch.tensor(self.weights, dtype=scores.dtype)[:, None] * scores).sum(0)  # autocast rounds products
+
+    @property
+    def scale(self) -> float:
+        """What shaping divides rewards by."""
+        return self.running.std if self.shaping.whiten else 1.0
 
     def shaped(
         self, scores: Tensor, lengths: Tensor, ended: Tensor, total: Total = alone, learn: bool = True
@@ -161,7 +199,7 @@ class Rewards:
         if shaping.whiten:
             if learn:
                 self.running.update(scores, total)
-            scores = (scores - self.running.mean) / self.running.std
+            scores = (scores - self.running.mean) / self.scale
         if shaping.clip is not None:
             scores = scores.clamp(-shaping.clip, shaping.clip)
         scores = scores - shaping.missing_end_penalty * (~ended).to(scores.dtype)
@@ -174,4 +212,4 @@ def _distinct(names: Sequence[str]) -> list[str]:
             for place, name in enumerate(names)]  # fmt: skip
 
 
-__all__ = ["Reward", "RewardShaping", "Rewards", "RunningMoments"]
+__all__ = ["Reward", "RewardShaping", "Rewards", "RunningMoments", "Said"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import math
 import re
 from abc import ABC, abstractmethod
@@ -15,12 +16,17 @@ from typing_extensions import override
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics.text import normalize
 
+# Who names one of these is called by name.
+_NAMED = ("completions", "completion_ids")
+
 Prompt = list[dict[str, str]]
 """The turns before the answer: `[{"role": "user", "content": "..."}]`."""
 
 
 class Verifier(ABC):
     """Scores answers. A function with the same arguments serves as well; a class can have settings in the YAML.
+
+    A function is given what it names: `(completions, answer)` and `(completions, **columns)` will do.
 
     `ftlit.testing.VerifierSuite` tests one in four lines.
     """
@@ -33,7 +39,8 @@ class Verifier(ABC):
             prompts: The turns before each answer.
             completions: The answers.
             columns: The columns of the rows (None where a row lacks one), and `reference`: the answer that the row
-                holds as its last assistant turn, or None; a column of that name wins.
+                holds as its last assistant turn, or None; a column of that name wins. While training on rewards also
+                `completion_ids`, the tokens of each answer.
 
         Returns:
             One finite number an answer, as a rule 1 for right and 0 for wrong.
@@ -167,22 +174,84 @@ def verify(
     Raises:
         ConfigError: If that is not one finite number an answer.
     """
-    scores = verifier(list(prompts), list(completions), **columns)
+    return finite(name_of(verifier), ask(verifier, prompts, completions, columns), completions)
+
+
+def ask(
+    verifier: Callable[..., Any],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[Any]:
+    """Calls a verifier with what it takes: a function may leave out columns, and the prompts.
+
+    Raises:
+        ConfigError: If it wants a column that the rows do not have, or does not return a list with a value an answer.
+    """
+    args, named = _arguments(verifier, list(prompts), list(completions), columns)
+    values = verifier(*args, **named)
     with contextlib.suppress(TypeError):
-        scores = list(scores)
-    name = name_of(verifier)
-    if not isinstance(scores, list) or len(scores) != len(completions):
-        got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
-        raise ConfigError(f"verifier {name} must return a list of {len(completions)} numbers, got {got}.")
+        values = list(values)
+    if not isinstance(values, list) or len(values) != len(completions):
+        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
+        raise ConfigError(f"verifier {name_of(verifier)} must return a list of {len(completions)} numbers, got {got}.")
+    return values
+
+
+def _arguments(
+    verifier: Callable[..., Any], prompts: list[Prompt], completions: list[str], columns: Mapping[str, Sequence[Any]]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What it is called with: by name where it names the completions, else prompts and completions come first."""
     try:
-        numbers = [float(score) for score in scores]
-    except (TypeError, ValueError):
-        wrong = next(score for score in scores if not isinstance(score, int | float))
-        raise ConfigError(f"verifier {name} must return numbers, got {wrong!r}.") from None
-    if not all(math.isfinite(number) for number in numbers):
-        place = next(i for i, number in enumerate(numbers) if not math.isfinite(number))
-        raise ConfigError(f"verifier {name} returned {numbers[place]} for {completions[place][:60]!r}; give a number.")
+        parameters = list(inspect.signature(verifier).parameters.values())
+    except (TypeError, ValueError):  # not written in Python
+        return [prompts, completions], dict(columns)
+    first: list[Any] = []
+    given: dict[str, Any] = dict(columns)
+    if any(one.name in _NAMED and one.kind is not one.POSITIONAL_ONLY for one in parameters):
+        given |= {"prompts": prompts, "completions": completions}
+    else:
+        first = [prompts, completions]
+        taken = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:2]
+        parameters = [one for one in parameters if one not in taken and one.kind is not one.VAR_POSITIONAL]
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        given = {one.name: given[one.name] for one in parameters if one.name in given}
+    for one in parameters:
+        needed = one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+        if needed and one.name not in given:
+            raise ConfigError(
+                f"{name_of(verifier)}: the rows have no column {one.name!r}: {nearest(one.name, columns)}"
+            )
+    return first, given
+
+
+def finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    """The values as numbers.
+
+    Raises:
+        ConfigError: If one is not a finite number.
+    """
+    numbers = []
+    for value, text in zip(values, completions, strict=True):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"verifier {name} must return numbers, got {value!r}.") from None
+        if not math.isfinite(number):
+            raise ConfigError(f"verifier {name} returned {number} for {text[:60]!r}; give a number.")
+        numbers.append(number)
     return numbers
 
 
-__all__ = ["Contains", "FinalNumber", "Prompt", "Verifier", "final_number", "name_of", "resolve", "verify"]
+__all__ = [
+    "Contains",
+    "FinalNumber",
+    "Prompt",
+    "Verifier",
+    "ask",
+    "final_number",
+    "finite",
+    "name_of",
+    "resolve",
+    "verify",
+]

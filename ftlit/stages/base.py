@@ -94,6 +94,8 @@ class Stage(L.LightningModule):
 
     loss_unit: ClassVar[str] = "nats a trained token"
     """What the loss is measured in."""
+    progress: ClassVar[dict[str, str]] = {"loss": "train/loss"}
+    """Step metrics that the progress shows, and what they are called there."""
     best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
     """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
@@ -151,9 +153,11 @@ class Stage(L.LightningModule):
         self.stop = StopRequest()
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
-        self._validated_at = -1
+        self.validated_at = -1  # the optimizer step at which the last whole validation was
         self._prepared = False
 
+    drawn_tokens: int = 0
+    """Most tokens that the policy draws for each row and is trained on."""
     predicts_tokens: ClassVar[bool] = False
     """Whether its targets are tokens of given rows that the language model predicts."""
 
@@ -177,6 +181,10 @@ class Stage(L.LightningModule):
     def watch(self) -> frozenset[str]:
         """Token scores without gradients that it reads."""
         return frozenset()
+
+    def scoring(self, batch: PackedBatch) -> dict[str, Any]:
+        """Further arguments of the policy for a micro-batch."""
+        return {}
 
     @abstractmethod
     def total(self, totals: StepTotals) -> float:
@@ -228,7 +236,7 @@ class Stage(L.LightningModule):
     def make_policy(self) -> Any:
         """The model with its strategy applied: a `Policy`, or a module that is called like one."""
         if isinstance(self.source, str):
-            lm = load_lm(self.source, self._load_dtype(), self.trust_remote_code)
+            lm = load_lm(self.source, self._load_dtype(self.strategy), self.trust_remote_code)
         else:
             lm = self.source
             prepare(lm)
@@ -250,14 +258,14 @@ class Stage(L.LightningModule):
                 module._buffers[name] = before.to(now.device)
         return self
 
-    def _load_dtype(self) -> torch.dtype:
+    def _load_dtype(self, strategy: PEFTStrategy) -> torch.dtype:
         """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
         precision = str(getattr(self._trainer, "precision", "32-true"))
         kind, _, mode = precision.partition("-")
         if kind == "64":
             return torch.float64
         half = {"bf16": torch.bfloat16, "16": torch.float16}.get(kind)
-        return half if half is not None and (mode == "true" or not self.strategy.trains_base) else torch.float32
+        return half if half is not None and (mode == "true" or not strategy.trains_base) else torch.float32
 
     @property
     def controls(self) -> list[ForgettingControl]:
@@ -380,7 +388,7 @@ class Stage(L.LightningModule):
             self.trainer.train_dataloader.taken = self.trainer.global_step
         if self.trainer.ckpt_path:
             self._restore_settings()
-        if self.trainer.ckpt_path and self._validated_at != self.trainer.global_step and self.validates_here():
+        if self.trainer.ckpt_path and self.validated_at != self.trainer.global_step and self.validates_here():
             self.trainer.validating = True  # the run was stopped between this step and the end of its validation
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
@@ -447,7 +455,7 @@ class Stage(L.LightningModule):
         assert self.policy is not None
         needs = self.needs.union(*(control.needs for control in controls))
         divergences = {source: t for control in controls for source, t in control.kl.items()}
-        scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None)
+        scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None, **self.scoring(batch))
         own_batch, own_scores = batch, scores
         if any(batch.sources):
             own = batch.target_sources == 0
@@ -559,7 +567,7 @@ class Stage(L.LightningModule):
         """Logs the step: means over all its targets on all ranks, speed, rate, gradient norm."""
         self.log_position()
         for name, value in self.step_metrics.items():
-            shown = name in ("train/loss", "train/tokens_per_s")
+            shown = name in (*self.progress.values(), "train/tokens_per_s")
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)
         if self.trainer.global_step >= self.planned_steps:
             # So that Lightning validates the last step, wherever in an epoch and whatever else it was told.
@@ -585,7 +593,7 @@ class Stage(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Notes that this step is validated; before the callbacks save it."""
         if not self.trainer.sanity_checking:
-            self._validated_at = self.trainer.global_step
+            self.validated_at = self.trainer.global_step
 
     def log_evaluation(self, loop: str, values: dict[str, float]) -> None:
         """Logs what a validation or test measured.
@@ -628,7 +636,7 @@ class Stage(L.LightningModule):
             "last_metrics": self.last_metrics,
             # What was saved at a step may not be logged yet; Lightning logs float32.
             "step_metrics": {name: torch.tensor(value).item() for name, value in self.step_metrics.items()},
-            "validated_at": self._validated_at,
+            "validated_at": self.validated_at,
             "data": self._data_fingerprint(),
         }
 
@@ -637,7 +645,7 @@ class Stage(L.LightningModule):
         self.configure_model()
         self.check_checkpoint(checkpoint)
         own = checkpoint["ftlit"]
-        self.start_metrics, self._validated_at = own["start_metrics"], own["validated_at"]
+        self.start_metrics, self.validated_at = own["start_metrics"], own["validated_at"]
         self.last_metrics, self.step_metrics = own.get("last_metrics", {}), own["step_metrics"]
         if self._trainer is None or self._trainer.state.fn != "fit":
             return

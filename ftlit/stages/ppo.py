@@ -7,13 +7,24 @@ the training loader yields, so optimization is Lightning's own, and everything t
 - `trainer.max_steps`, `global_step`, schedules, `warmup`, `val_check_interval`, `every_n_steps`: optimizer steps;
 - an epoch: as many optimizer steps as it takes to answer every prompt once, `prompts / (batch_size x accumulate x
   ranks)` rollouts, rounded up. Where `target_kl` cuts rollouts short, an epoch holds more rollouts instead.
+
+What is logged of a step, under the names that other trainers use:
+
+- of its rollout, means over answers: `objective/scores` (weighted rewards), `objective/rlhf_reward` (shaped, with the
+  penalty where it is part of the reward), `objective/kl` (nats an answer), `objective/alike` (share of the prompts
+  whose answers all got one reward: nothing is learned from them in comparison), `answers/length`, `answers/ended`; over
+  tokens: `policy/entropy` (nats), `val/explained_variance`;
+- of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
+  `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced;
+- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
@@ -27,11 +38,12 @@ from ftlit.data.datamodules import MAIN
 from ftlit.data.prompts import PromptData, PromptOrder
 from ftlit.errors import ConfigError
 from ftlit.models.policy import disable_dropout
-from ftlit.models.value import ValueHead
+from ftlit.models.value import ValueHead, ValueModel, load_value_model
 from ftlit.objectives.advantages import GAE, Advantage, sums
 from ftlit.objectives.kl import KLPenalty, kl_estimate
 from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
 from ftlit.objectives.scores import TokenScores
+from ftlit.peft import Full, PEFTStrategy
 from ftlit.rollout.experience import Experience, cut
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
 from ftlit.rollout.loader import Added, RolloutLoader
@@ -47,7 +59,8 @@ class PPO(Stage):
     Args:
         args: Arguments of every stage.
         reward: What an answer is worth: the import path of a function `(prompts, completions, **columns) ->
-            list[float]` such as `mymodule.check`, a `Verifier`, or a list of those.
+            list[float]` such as `mymodule.check`, a `Verifier`, or a list of those. In the place of a number it may say
+            a list: a reward for each token of the column `completion_ids`.
         reward_weights: One number for each reward; 1 each when left out.
         shaping: Clipping, whitening, terms of end and length.
         advantage: How rewards become advantages: `GAE` (with a value head, when left out), `GRPO`, `RLOO`, `ReMax`.
@@ -57,14 +70,19 @@ class PPO(Stage):
         update_epochs: How often a rollout is gone through.
         num_minibatches: Optimizer steps each time; the answers to one prompt stay in one.
         max_new_tokens: Most tokens of an answer.
-        temperature: Of the sampling. The update takes probabilities at temperature 1, so others make it inexact.
-        top_p: Sample from the likeliest tokens that together have this probability; others than 1 likewise.
+        temperature: Of the sampling, and of every probability of the update: ratios, entropy and KL are those of the
+            distribution that the answers were drawn from.
+        top_p: Sample from the likeliest tokens that together have this probability. Below 1 the first ratio is still 1,
+            but ratios, entropy and KL are those of the distribution before it was cut.
         generator: Who draws the answers.
         entropy_coef: Weight of the mean entropy of the policy (nats a token), which is to stay high.
         value_coef: Weight of the value's loss.
         value_clip: How far a value may move from what it was; None: any way.
-        value_lr: Peak learning rate of the value head; `lr` when left out.
-        value_detached: Whether the value's loss leaves the policy alone.
+        value_lr: Peak learning rate of the values; `lr` when left out.
+        value_detached: Whether the loss of a value head leaves the policy alone.
+        value_model: A model of its own for the values, instead of a head on the policy: the hub id or folder of a
+            language model (the policy's again, say) or of a reward model, with the policy's tokenizer.
+        value_peft: What of it is trained; every weight when left out.
         target_kl: Policies further than this from the one that drew (`policy/approxkl`, nats a token) end the update;
             the next step begins a new rollout. None: never.
         kwargs: Arguments of every stage.
@@ -74,6 +92,7 @@ class PPO(Stage):
     """
 
     best_by = ("val/reward", "max")
+    progress: ClassVar[dict[str, str]] = {"reward": "objective/scores", "kl": "objective/kl"}
 
     def __init__(
         self,
@@ -96,6 +115,8 @@ class PPO(Stage):
         value_clip: float | None = 0.2,
         value_lr: float | None = None,
         value_detached: bool = False,
+        value_model: str | Any | None = None,
+        value_peft: PEFTStrategy | None = None,
         target_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -106,12 +127,16 @@ class PPO(Stage):
         self.advantage, self.policy_loss, self.kl = advantage or GAE(), loss or PPOClip(), kl or KLPenalty()
         self.num_answers, self.update_epochs, self.num_minibatches = num_answers, update_epochs, num_minibatches
         self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p)
+        self.drawn_tokens = num_answers * max_new_tokens
         self.generator = generator or BatchedGenerator()
         self.entropy_coef, self.target_kl = entropy_coef, target_kl
         self.value_coef, self.value_clip, self.value_detached = value_coef, value_clip, value_detached
-        self.value_lr = value_lr or self.lr
+        self.value_lr = self.lr if value_lr is None else value_lr
+        built = value_model is not None and not isinstance(value_model, str)  # it may be the policy: a copy
+        self.value_source = (copy.deepcopy(value_model) if built else value_model,)  # a tuple, so that it is no child
+        self.value_strategy = value_peft
         self._check()
-        self.value_head: ValueHead | None = None
+        self.critic: ValueHead | ValueModel | None = None
         self.rollouts = Rollouts(self)
         self.loader: RolloutLoader | None = None
         self._resumed: tuple[Experience | None, int] = (None, 0)
@@ -140,6 +165,13 @@ class PPO(Stage):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"model.{name} must be positive or left out, got {value}.")
+        own = self.value_source[0] is not None
+        if own and not self.advantage.uses_values:
+            raise ConfigError(f"model.value_model: {type(self.advantage).__name__} has no use for values; use GAE.")
+        if own and self.value_detached:
+            raise ConfigError("model.value_detached is for a value head on the policy, not for model.value_model.")
+        if self.value_strategy is not None and not own:
+            raise ConfigError("model.value_peft says what is trained of model.value_model, which is missing.")
 
     # ---- model, optimizer, loader -----------------------------------------------------------------------------------
 
@@ -152,27 +184,61 @@ class PPO(Stage):
         assert self.policy is not None
         if disable_dropout(self.policy):
             rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
+        self._check_room()
         self.strategy.remember_start(self.policy.lm)
         if self.advantage.uses_values:
+            self.critic = self._make_critic()
+
+    def _check_room(self) -> None:
+        """Refuses answers that would go beyond the model: some models break there, others answer nonsense."""
+        assert self.policy is not None
+        rows = getattr(getattr(self._trainer, "datamodule", None), "rows", {})
+        longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
+        own = getattr(self.policy.lm.config, "max_position_embeddings", None)
+        most = min((limit for limit in (own, self.policy.longest) if limit), default=None)
+        room = None if most is None else most - longest - getattr(self.strategy, "num_virtual_tokens", 0)
+        if room is not None and self.sampling.max_new_tokens > room:
+            raise ConfigError(
+                f"model.max_new_tokens is {self.sampling.max_new_tokens}, but the longest prompt has {longest} tokens "
+                f"and the model takes {most} in all: set it to at most {max(room, 0)}, or lower data.max_length."
+            )
+
+    def _make_critic(self) -> ValueHead | ValueModel:
+        assert self.policy is not None
+        (source,) = self.value_source
+        if source is None:
             dtype = torch.promote_types(self.policy.lm.dtype, torch.float32)
-            self.value_head = ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+            return ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+        strategy = self.value_strategy or Full()
+        critic = load_value_model(
+            source, strategy, self.tokenizer, self._load_dtype(strategy), self.gradient_checkpointing,
+            self.trust_remote_code,
+        )  # fmt: skip
+        disable_dropout(critic)
+        trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
+        rank_zero_only(print)(f"values     {type(critic.lm).__name__}: {trained:,} trained", flush=True)
+        return critic
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keeps the answers in `rollouts.jsonl`."""
         return [*super().configure_callbacks(), RolloutSamples()]
 
     def lr_factor(self, name: str) -> float:
-        """The value head has a rate of its own."""
-        return self.value_lr / self.lr if name.startswith("value_head.") else super().lr_factor(name)
+        """The values have a rate of their own."""
+        if not name.startswith("critic."):
+            return super().lr_factor(name)
+        own = 1.0 if self.value_strategy is None else self.value_strategy.lr_factor(name)
+        return own * self.value_lr / self.lr
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The value head's own come last: the rate that is logged is the policy's."""
-        value = set() if self.value_head is None else set(map(id, self.value_head.parameters()))
+        """The values' own come last: the rate that is logged is the policy's."""
+        value = set() if self.critic is None else set(map(id, self.critic.parameters()))
         return sorted(super().parameter_groups(), key=lambda group: {id(p) for p in group["params"]} <= value)
 
     def setup(self, stage: str) -> None:
         """Checks that the data are prompts, and enough of them."""
         super().setup(stage)
+        self.loader, self._resumed = None, (None, 0)
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptData):
             raise ConfigError(f"PPO trains on prompts: use PromptData, not {type(data).__name__}.")
@@ -201,6 +267,8 @@ class PPO(Stage):
 
     def rollout_loader(self) -> RolloutLoader:
         """What the data module yields for training."""
+        if self.loader is not None and self.loader.experience is not None:  # asked again: the run goes on
+            self._resumed = self.loader.experience, 0
         experience, first = self._resumed
         added = None
         if self.data.added_rows:
@@ -224,16 +292,21 @@ class PPO(Stage):
     @property
     def needs(self) -> frozenset[str]:
         """Hidden states for the value head, the entropy for its bonus."""
-        states = {"states"} if self.value_head is not None else set()
+        states = {"states"} if isinstance(self.critic, ValueHead) else set()
         return frozenset(states | ({"entropy"} if self.entropy_coef else set()))
+
+    def scoring(self, batch: PackedBatch) -> dict[str, Any]:
+        """Answers are scored at the temperature that they were drawn at, rows that controls added at 1."""
+        return {} if any(batch.sources) else {"temperature": self.sampling.temperature}
 
     def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Losses of policy, value, KL and entropy, each token weighted as the policy's loss says."""
         known, real = batch.extras, batch.target_weights.to(scores.logps.dtype)
         owners = batch.target_segments.unique_consecutive(return_inverse=True)[1]
-        policy = self.policy_loss(scores.logps, known["old_logps"], known["advantages"], owners)
+        logps = scores.logps.where(real > 0, known["old_logps"])  # a filler must not overflow
+        policy = self.policy_loss(logps, known["old_logps"], known["advantages"], owners)
         loss = policy.loss
-        log_ratios = (scores.logps - known["old_logps"]).detach()
+        log_ratios = (logps - known["old_logps"]).detach()
         ratios = log_ratios.exp()
         means = {
             "policy/approxkl": ratios - 1 - log_ratios,
@@ -242,13 +315,12 @@ class PPO(Stage):
         }
         totals = {"loss/policy": policy.loss}
         if self.kl.place == "loss" and self.rollouts.kl_coef:
-            loss = loss + self.rollouts.kl_coef * kl_estimate(scores.logps, known["reference"], self.kl.estimator)
+            loss = loss + self.rollouts.kl_coef * kl_estimate(logps, known["reference"], self.kl.estimator)
         if self.entropy_coef:
             assert scores.entropy is not None
             loss = loss - self.entropy_coef * scores.entropy
-        if self.value_head is not None:
-            assert scores.states is not None
-            values = self.value_head(scores.states)
+        if self.critic is not None:
+            values = self.critic(batch, scores)
             of_value, clipped = value_loss(values, known["values"], known["returns"], self.value_clip)
             loss = loss + self.value_coef * of_value
             means["val/clipfrac"] = clipped
@@ -288,13 +360,13 @@ class PPO(Stage):
             return
         name = self._names(loop)[which]
         rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][number] for number in numbers]
-        greedy = self.sampling._replace(num_answers=1, temperature=0.0)
-        made = self.rollouts.answer(rows, numbers, [0] * len(rows), greedy)
+        made = self.rollouts.rewarded(rows, numbers, self.rollouts.draw(rows, [0] * len(rows), self.sampling.greedy))
         found = made.experience
         lengths = [len(prompt) for prompt in found.prompts]
         tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))
         apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
-        each = [torch.ones(len(rows)), self.rewards.weighted(made.said), apart, found.lengths, made.ended, *made.said]
+        each = [torch.ones(len(rows)), self.rewards.weighted(made.said.scores), apart, found.lengths, made.ended]
+        each += made.said.scores
         counts = torch.stack([one.double().sum() for one in each])
         self._sums[name] = self._sums.get(name, torch.zeros_like(counts)) + counts
         self.rollouts.keep(name if loop == "val" else loop, made)
@@ -327,6 +399,14 @@ class PPO(Stage):
     def on_test_epoch_end(self) -> None:
         """Logs the same as `test/...`."""
         self._log_evaluation("test")
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Nothing: prompts have no file to predict.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("PPO has no rows for `ftlit predict`; use `ftlit generate`.")
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

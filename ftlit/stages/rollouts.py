@@ -19,6 +19,7 @@ from ftlit.objectives.policy_gradient import reduction_weights
 from ftlit.rollout.experience import Experience, Micro, cut
 from ftlit.rollout.generate import Answer, seed_of
 from ftlit.rollout.generator import Sampling
+from ftlit.rollout.rewards import Said
 
 if TYPE_CHECKING:
     from ftlit.stages.ppo import PPO
@@ -30,11 +31,11 @@ class Answered:
     Attributes:
         rows: The prompts.
         answers: As many to each, prompt by prompt.
-        said: What each reward says of each answer, `[K, S]`.
+        said: What the rewards say of them.
         experience: The same as tokens.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Tensor, found: Experience) -> None:
+    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Said, found: Experience) -> None:
         self.rows, self.answers, self.said, self.experience = rows, answers, said, found
 
     @property
@@ -52,7 +53,7 @@ class Rollouts:
     Attributes:
         kl_coef: The present weight of the KL penalty.
         metrics: What was measured of the present rollout.
-        seconds: Time spent so far on drawing, scoring and updating.
+        seconds: Time spent so far on drawing, rewarding, scoring and updating.
         samples: Answers for people that are not written yet.
     """
 
@@ -60,7 +61,7 @@ class Rollouts:
         self._stage = (stage,)  # a tuple, so that it is no child
         self.kl_coef = stage.kl.coef
         self.metrics: dict[str, float] = {}
-        self.seconds = {"rollout": 0.0, "scoring": 0.0, "update": 0.0}
+        self.seconds = dict.fromkeys(("rollout", "rewards", "scoring", "update"), 0.0)
         self.samples: list[dict[str, Any]] = []
 
     @property
@@ -83,65 +84,77 @@ class Rollouts:
         with self._timed("rollout"):
             each, seed = stage.sampling.num_answers, stage.data.seed
             seeds = [seed_of(seed, place, k) for part in mine for place, _ in part for k in range(each)]
-            made = self.answer(rows, numbers, seeds, stage.sampling)
-            baselines = self._greedy(rows, numbers) if stage.advantage.uses_greedy else None
+            answers = self.draw(rows, seeds, stage.sampling)
+            likeliest = self.draw(rows, [0] * len(rows), stage.sampling.greedy) if stage.advantage.uses_greedy else []
+        with self._timed("rewards"):
+            made = self.rewarded(rows, numbers, answers)
+            greedy = self.rewarded(rows, numbers, likeliest) if stage.advantage.uses_greedy else None
         found = made.experience
         found.number, found.first_step = number, trainer.global_step
         with self._timed("scoring"):
             self._cut(found, [len(part) for part in mine])
             tokens = self.score(found, [micro for step in found.steps for micro in step])
-            self._estimate(made, tokens, baselines)
+            self._estimate(made, tokens, greedy)
         self.keep("train", made)
         return found
 
     # ---- answers and rewards ----------------------------------------------------------------------------------------
 
-    def answer(
-        self, rows: Sequence[PromptRow], numbers: Sequence[int], seeds: Sequence[int], sampling: Sampling
-    ) -> Answered:
-        """Answers some prompts and rewards the answers.
+    def draw(self, rows: Sequence[PromptRow], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
+        """Answers some prompts.
+
+        Args:
+            rows: The prompts.
+            seeds: Seed of each answer.
+            sampling: How to draw.
+
+        Returns:
+            `num_answers` to each, prompt by prompt.
+        """
+        stage, trainer = self.stage, self.stage.trainer
+        assert stage.policy is not None
+        if not rows:
+            return []
+        with trainer.precision_plugin.forward_context():
+            return stage.generator(
+                stage.policy.lm, stage.strategy, stage.tokenizer, [row.input_ids for row in rows], seeds, sampling,
+                quiet=not trainer.is_global_zero,
+            )  # fmt: skip
+
+    def rewarded(self, rows: Sequence[PromptRow], numbers: Sequence[int], answers: Sequence[Answer]) -> Answered:
+        """Rewards the answers to some prompts.
 
         Args:
             rows: The prompts.
             numbers: The number of each in its set.
-            seeds: Seed of each answer.
-            sampling: How to draw.
+            answers: As many to each, prompt by prompt.
         """
-        stage, trainer = self.stage, self.stage.trainer
-        assert stage.policy is not None
-        prompts = [row.input_ids for row in rows]
-        answers: list[Answer] = []
-        if rows:
-            with trainer.precision_plugin.forward_context():
-                answers = stage.generator(
-                    stage.policy.lm, stage.strategy, stage.tokenizer, prompts, seeds, sampling,
-                    quiet=not trainer.is_global_zero,
-                )  # fmt: skip
-        owners = [place // sampling.num_answers for place in range(len(answers))]
+        stage = self.stage
+        owners = [place * len(rows) // len(answers) for place in range(len(answers))]
         repeated = [rows[owner] for owner in owners]
         names = sorted({name for row in repeated for name in row.columns})
         columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
-        said = torch.zeros(len(stage.rewards.functions), 0)
+        tokens, said = (
+            [one.drawn for one in answers],
+            Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0)),
+        )
         if rows:
             stage.rewards.to(stage.device)
-            with isolate_rng():  # a reward may draw too
-                said = stage.rewards([row.turns for row in repeated], [self.text(one) for one in answers], columns)
-        return Answered(rows, answers, said, Experience(prompts, numbers, [one.drawn for one in answers], owners))
+            with isolate_rng(), _plain(stage.device):  # a reward may draw too
+                texts = [self.text(one) for one in answers]
+                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
+        return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
 
     def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""
         return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
 
-    def _greedy(self, rows: Sequence[PromptRow], numbers: Sequence[int]) -> Tensor:
-        """The shaped reward of the greedy answer to each prompt, repeated for each of its answers, `[S]`."""
-        sampling = self.stage.sampling
-        made = self.answer(rows, numbers, [0] * len(rows), sampling._replace(num_answers=1, temperature=0.0))
-        return self._shaped(made, learn=False).repeat_interleave(sampling.num_answers)
-
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
-        return rewards.shaped(rewards.weighted(made.said), made.experience.lengths, made.ended, self.total, learn)
+        return rewards.shaped(
+            rewards.weighted(made.said.scores), made.experience.lengths, made.ended, self.total, learn
+        )
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -177,32 +190,33 @@ class Rollouts:
             micros: Which lie together.
 
         Returns:
-            `old_logps`, `reference`, `entropy` and with a value head `values`, each `[N]`, on the CPU.
+            `old_logps`, `reference`, `entropy` and where it has any `values`, each `[N]`, on the CPU.
         """
-        stage, head = self.stage, self.stage.value_head
+        stage, critic = self.stage, self.stage.critic
         assert stage.policy is not None
         filled = [micro for micro in micros if micro]
         if not filled:
-            names = ("old_logps", "reference", "entropy", *(("values",) if head is not None else ()))
+            names = ("old_logps", "reference", "entropy", *(("values",) if critic is not None else ()))
             return dict.fromkeys(names, torch.zeros(0))
         parts: dict[str, list[Tensor]] = {"old_logps": [], "reference": [], "entropy": [], "values": []}
         with stage.trainer.precision_plugin.forward_context():
             batches = [found.pack(micro).to(stage.device) for micro in filled]
             for batch in batches:
-                needs = frozenset({"states"} if head is not None else ())
-                scores = stage.policy(batch, needs=needs, watch=frozenset({"entropy"}))
+                scores = stage.policy(
+                    batch, needs=stage.needs - {"entropy"}, watch=frozenset({"entropy"}), **stage.scoring(batch)
+                )
                 assert scores.entropy is not None
                 parts["old_logps"].append(scores.logps)
                 parts["entropy"].append(scores.entropy)
-                if head is not None:
-                    parts["values"].append(head(scores.states))
+                if critic is not None:
+                    parts["values"].append(critic(batch, scores))
             with stage.strategy.start(stage.policy.lm):
-                parts["reference"] += [stage.policy(batch).logps for batch in batches]
+                parts["reference"] += [stage.policy(batch, **stage.scoring(batch)).logps for batch in batches]
         places = torch.cat([found.places(micro) for micro in filled])
         flat = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
         return {name: torch.empty_like(values).index_copy(0, places, values) for name, values in flat.items()}
 
-    def _estimate(self, made: Answered, tokens: dict[str, Tensor], baselines: Tensor | None) -> None:
+    def _estimate(self, made: Answered, tokens: dict[str, Tensor], greedy: Answered | None) -> None:
         """Rewards become advantages; the metrics are counted, and the weight of the KL penalty is steered by them."""
         stage, found = self.stage, made.experience
         old, reference, values = tokens["old_logps"], tokens["reference"], tokens.get("values")
@@ -210,13 +224,19 @@ class Rollouts:
         penalty = torch.zeros_like(old)
         if stage.kl.place == "reward":
             penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
+        scores = self._shaped(made, learn=True).to(old.dtype)
+        baselines = None
+        if greedy is not None:
+            each = self._shaped(greedy, learn=False).to(old.dtype)
+            baselines = each.repeat_interleave(stage.sampling.num_answers)
+        apart = made.said.tokens.to(old.dtype) / stage.rewards.scale  # what lies on its token, and not on the last
         outcome = Outcome(
-            scores=self._shaped(made, learn=True).to(old.dtype),
-            token_rewards=penalty,
+            scores=scores - sums(apart, owners, len(scores)),
+            token_rewards=penalty + apart,
             owners=owners,
             groups=torch.tensor(found.owners, dtype=torch.int64),
             values=values,
-            baselines=None if baselines is None else baselines.to(old.dtype),
+            baselines=baselines,
         )
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)
@@ -240,7 +260,7 @@ class Rollouts:
     def _measure(self, made: Answered, outcome: Outcome, tokens: dict[str, Tensor], returns: Tensor | None) -> None:
         """Means over the answers and tokens of all ranks."""
         rewards, found = self.stage.rewards, made.experience
-        raw = rewards.weighted(made.said)
+        raw = rewards.weighted(made.said.scores)
         means = {
             "objective/kl": sums(tokens["old_logps"] - tokens["reference"], outcome.owners, len(made.answers)),
             "objective/scores": raw,
@@ -250,7 +270,11 @@ class Rollouts:
             "answers/ended": made.ended,
         }
         if len(rewards.names) > 1:
-            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said, strict=True)}
+            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said.scores, strict=True)}
+        if (each := self.stage.sampling.num_answers) > 1:
+            grouped = raw.reshape(-1, each)
+            # Prompts that teach nothing: all answers have one reward.
+            means["objective/alike"] = grouped.amax(1) == grouped.amin(1)
         metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
         metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
         metrics["objective/kl_coef"] = self.kl_coef
@@ -269,7 +293,9 @@ class Rollouts:
             made: The answers.
         """
         rewards, found = self.stage.rewards, made.experience
-        for place, (one, score) in enumerate(zip(made.answers, rewards.weighted(made.said).tolist(), strict=True)):
+        for place, (one, score) in enumerate(
+            zip(made.answers, rewards.weighted(made.said.scores).tolist(), strict=True)
+        ):
             record = {
                 "step": self.stage.trainer.global_step,
                 "set": kind,
@@ -281,7 +307,8 @@ class Rollouts:
             }
             if len(rewards.names) > 1:
                 record |= {
-                    f"reward/{name}": float(said[place]) for name, said in zip(rewards.names, made.said, strict=True)
+                    f"reward/{name}": float(said[place])
+                    for name, said in zip(rewards.names, made.said.scores, strict=True)
                 }
             self.samples.append(record)
 
@@ -305,6 +332,18 @@ class Rollouts:
         began = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - began
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Context in which the precision of the run is not that of other models; a validation is inside of the run's."""
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(was)
 
 
 __all__ = ["Answered", "Rollouts"]

@@ -43,7 +43,11 @@ class ScalarStage(ValidatedStage):
     def make_policy(self) -> Any:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         lm, new = load_classifier(
-            self.source, self.outputs, self._load_dtype(), seed=seed, trust_remote_code=self.trust_remote_code
+            self.source,
+            self.outputs,
+            self._load_dtype(self.strategy),
+            seed=seed,
+            trust_remote_code=self.trust_remote_code,
         )
         if "score" in new and not reads_first(lm):
             lm.config.get_text_config().pad_token_id = pad_token(self.tokenizer)

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ftlit.export.scorer import RewardScorer
 from ftlit.testing import tiny_tokenizer
@@ -99,27 +101,35 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert rows[1]["objective/kl"] == 0.0
     assert "train: 9 prompts" in ftlit.out
     assert "for each rollout of 4 prompts x" in ftlit.out
+    assert re.search(r"step 8/8  reward \d\.\d{4}  kl -?\d+\.\d{4}  lr ", ftlit.out)
     samples = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
     assert {one["set"] for one in samples} == {"train", "main"}
     assert Path("r/adapter/last/adapter_model.safetensors").exists()
     assert Path("r/checkpoints/best.ckpt").exists()
     best = max((row["val/reward"], -row["step"]) for row in rows if "val/reward" in row and row["step"])
     assert saved("r", "best")["global_step"] == -best[1]
+    assert ftlit("export", "r", "--to", "adapter", "--adapter") == 0, ftlit.err
+    exported, kept = (load_file(f"{place}/adapter_model.safetensors") for place in ("adapter", "r/adapter/last"))
+    assert exported.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in exported.items())
     assert ftlit("validate", "--config", "r/config.yaml", "--run", "r") == 0, ftlit.err
+    assert ftlit("predict", "--config", "r/config.yaml", "--run", "r") == 1
+    assert "has no rows for `ftlit predict`" in ftlit.err
     shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
     assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
 
 
-@pytest.mark.parametrize("config", ["ppo", "grpo"])
-def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, tmp_path, config):
+@pytest.mark.parametrize("config", ["ppo", "grpo", "value_model"])
+def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, tmp_path, tiny_model_folder, config):
     """Between rollouts, inside one, after its first step; with running statistics and a steered penalty."""
     shaping = ["--model.shaping.whiten", "true", "--model.shaping.clip", "2", "--model.kl.target", "0.01"]
     shaping += ["--model.kl.coef", "0.1", "--model.target_kl", "0.02", "--trainer.callbacks.every_n_steps", "1"]
-    args = arguments(config, *shaping)
+    own = ["--model.value_model", tiny_model_folder, "--model.temperature", "0.7"] if config == "value_model" else []
+    args = arguments("grpo" if config == "grpo" else "ppo", *shaping, *own)
     assert ftlit(*args, "--run", "whole") == 0, ftlit.err
     assert saved("whole")["ppo"]["running"]["count"] > 8
     (tmp_path / "stopping.py").write_text(STOP)
-    for step in (1, 4, 5):
+    for step in (1, 3, 4, 5):
         run = f"parts-{step}"
         stop = ["--trainer.callbacks+=stopping.Stop", f"--trainer.callbacks.step={step}"]
         assert ftlit(*args, "--run", run, *stop) == 1
@@ -151,12 +161,13 @@ def start(args, folder, **env):
     )  # fmt: skip
 
 
-def test_two_ranks_equal_one(arguments, tmp_path):
+def test_two_ranks_equal_one(arguments, tmp_path, tiny_model_folder):
     """Three prompts a rank and rollout less the one that is missing, answers of every length, fillers: float64."""
     common = ["--trainer.precision", "64-true", "--model.num_minibatches", "3", "--data.max_tokens", "60"]
     runs = {}
     for config in ("ppo", "grpo"):
-        args = arguments(config, *common)
+        own = ["--model.value_model", tiny_model_folder] if config == "ppo" else []
+        args = arguments(config, *common, *own)
         one = start([*args, "--run", f"{config}-one"], tmp_path)
         assert one.returncode == 0, one.stderr[-2000:]
         two = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--run", f"{config}-two"]
@@ -180,6 +191,8 @@ def test_two_ranks_equal_one(arguments, tmp_path):
         (["--model.reward", "rewards.odds"], "rewards has no 'odds': did you mean 'odd'?"),
         (["--model.kl.coef", "-1"], "model.kl needs coef >= 0"),
         (["--model.advantage", "GEA"], "no Advantage class is called 'GEA': did you mean"),
+        (["--model.num_generations", "9"], "PPO has no argument 'num_generations': ftlit calls it num_answers."),
+        (["--model.epsilon", "0.1"], "PPO has no argument 'epsilon': ftlit calls it model.loss.clip."),
         (["--model.num_minibatches", "9"], "a rollout has 4 prompts"),
         (["--data.max_length", "3"], "none of 3 rows is a prompt within data.max_length=3 tokens"),
     ],

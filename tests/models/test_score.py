@@ -61,6 +61,24 @@ def test_the_tile_does_not_show(num, rows, trained):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.7, 0.5)])
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 2.0])
+def test_a_temperature_divides_the_logits(trained, scale, softcap, temperature):
+    """After the soft-cap, as sampling does; the mean and the entropy too."""
+    hidden, head, targets, upstream = problem(11, trained=trained, scale=scale, softcap=softcap)
+    scores = token_scores(hidden, head, targets, {"entropy", "mean_logps"}, tile_bytes=600, temperature=temperature)
+    logits = hidden @ head.weight.t() * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logps = torch.log_softmax(logits / temperature, -1)
+    expected = (logps.gather(1, targets[:, None])[:, 0], logps.mean(1), -(logps.exp() * logps).sum(1))
+    inputs = [hidden, *([head.weight] if trained else [])]
+    for mine, other in zip((scores.logps, scores.mean_logps, scores.entropy), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+        ours, theirs = (torch.autograd.grad((one * upstream).sum(), inputs, retain_graph=True) for one in (mine, other))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
 def test_gradcheck():
     hidden, head, targets, _ = problem(4, vocabulary=6, trained=True, bias=True, scale=0.5, softcap=3.0)
     function = lambda h, w, b: token_scores(h, Head(w, b, 0.5, 3.0), targets).logps  # noqa: E731

@@ -1,14 +1,19 @@
 """The losses of TRL's GRPO and RLOO trainers on padded inputs, and ours on the same tokens without padding."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ftlit.models.policy import Policy
 from ftlit.objectives.advantages import GRPO, RLOO, Outcome
 from ftlit.objectives.kl import kl_estimate
 from ftlit.objectives.policy_gradient import CISPO, DAPO, GSPO, DrGRPO, PPOClip, reduction_weights
+from ftlit.peft import Full
+from ftlit.rollout.experience import branches
+from ftlit.testing import tiny_lm
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 rloo_trainer = pytest.importorskip("trl.trainer.rloo_trainer")
@@ -129,3 +134,33 @@ def test_advantages_equal_trl():
     torch.testing.assert_close(GRPO(std=False)(plain).advantages[first], (rewards - mean).view(-1), rtol=0, atol=1e-12)
     scaled = (rewards - mean) / (grpo_trainer.nanstd(rewards, dim=1)[:, None] + 1e-4)
     torch.testing.assert_close(GRPO()(plain).advantages[first], scaled.view(-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_log_probabilities_and_entropies_at_a_temperature_equal_trl(temperature):
+    """TRL's own scores of left-padded prompts with their answers, and ours of packed branches; with their gradients."""
+    prompts, answers, owners = [[5, 6, 7], [8, 9]], [[3, 4], [11], [12, 13, 14]], [0, 0, 1]
+    policy = Policy(tiny_lm("llama"), Full())
+    scores = policy(
+        branches([prompts[owner] for owner in owners], answers, owners, owners), {"entropy"}, temperature=temperature
+    )
+    lm = tiny_lm("llama")
+    grpo_trainer.add_fused_lm_head(lm, outputs=("log_probs", "entropy"), temperature=temperature)
+    ids, mask = [], []
+    for owner, answer in zip(owners, answers, strict=True):
+        before, after = [0] * (3 - len(prompts[owner])), [0] * (3 - len(answer))
+        ids.append([*before, *prompts[owner], *answer, *after])
+        mask.append([*before, *[1] * (len(prompts[owner]) + len(answer)), *after])
+    fake = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext, is_main_process=False))
+    logps, entropies, _ = grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies(
+        fake, lm, torch.tensor(ids), torch.tensor(mask), 3, compute_entropy=True
+    )
+    real = torch.tensor(mask)[:, 3:].bool()
+    torch.testing.assert_close(scores.logps, logps[real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores.entropy, entropies[real], rtol=0, atol=1e-5)
+    for ours, theirs in ((scores.logps, logps[real]), (scores.entropy, entropies[real])):
+        weights = torch.arange(1.0, 7.0)
+        first = torch.autograd.grad((ours * weights).sum(), list(policy.lm.parameters()), retain_graph=True)
+        second = torch.autograd.grad((theirs * weights).sum(), list(lm.parameters()), retain_graph=True)
+        for one, other in zip(first, second, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))

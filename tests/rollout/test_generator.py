@@ -61,6 +61,21 @@ def test_merged_weights_say_what_the_adapter_says(family):
         assert torch.equal(policy(batch).logps, expected)
 
 
+def test_a_change_below_the_rounding_of_the_weights_is_drawn_from(monkeypatch):
+    """Half-precision weights with a young adapter in them would be those of the start."""
+    strategy = LoRA(rank=2)
+    policy = Policy(tiny_lm("llama", dtype=torch.bfloat16), strategy)
+    with torch.no_grad():
+        for name, parameter in strategy.trained(policy.lm).items():
+            parameter.add_(1e-4 * name.endswith("lora_B"))
+        start = {n: p.clone() for n, p in policy.lm.named_parameters() if n.endswith("q_proj.weight")}
+        with merged(policy.lm, strategy):
+            left = {n: p.clone() for n, p in policy.lm.named_parameters() if n.endswith("q_proj.weight")}
+    assert sum((left[name] != start[name]).sum() for name in start) < 0.1 * sum(one.numel() for one in start.values())
+    monkeypatch.setattr("ftlit.rollout.generator.merged", None)  # is not asked for
+    assert len(BatchedGenerator()(policy.lm, strategy, tiny_tokenizer(), [[5, 6]], [0, 1], Sampling(2, 3))) == 2
+
+
 def test_an_adapter_that_goes_on_from_another(tmp_path):
     first = policy_of(LoRA(rank=2))
     save_adapter(first.strategy, first.lm, tmp_path, "base")

@@ -39,11 +39,28 @@ def test_running_moments_are_those_of_everything_seen(parts):
 
 def test_several_rewards_with_weights():
     rewards = Rewards([length, column, Contains("yes")], [0.5, 2.0, -1.0])
-    said = rewards([[]] * 2, ["yes", "no no"], {"worth": [1, 4]})
-    assert said.tolist() == [[3.0, 5.0], [1.0, 4.0], [1.0, 0.0]]
-    assert rewards.weighted(said).tolist() == [1.5 + 2 - 1, 2.5 + 8]
+    said = rewards([[]] * 2, ["yes", "no no"], {"worth": [1, 4]}, [[7], [8, 9]])
+    assert said.scores.tolist() == [[3.0, 5.0], [1.0, 4.0], [1.0, 0.0]]
+    assert said.tokens.tolist() == [0.0] * 3
+    assert rewards.weighted(said.scores).tolist() == [1.5 + 2 - 1, 2.5 + 8]
     assert rewards.names == ["length", "column", "Contains"]
     assert Rewards([length, length]).names == ["length_1", "length_2"]
+
+
+def test_rewards_of_single_tokens():
+    """Lists, arrays or numbers; the sum is the score of the answer."""
+
+    def tokens(completion_ids, **columns):
+        return [[0.1 * token for token in completion_ids[0]], torch.tensor(completion_ids[1]) / 10, 5.0]
+
+    rewards = Rewards([tokens, length], [2.0, 1.0])
+    said = rewards([[]] * 3, ["a", "bc", ""], {}, [[1, 2], [3], [4, 5]])
+    torch.testing.assert_close(said.scores, torch.tensor([[0.3, 0.3, 5.0], [1.0, 2.0, 0.0]]))
+    torch.testing.assert_close(said.tokens, torch.tensor([0.2, 0.4, 0.6, 0.0, 0.0]))
+    with pytest.raises(ConfigError, match="<lambda> gave 2 numbers for an answer of 1 tokens"):
+        Rewards([lambda completions: [[1.0, 2.0]]])([[]], ["a"], {}, [[1]])
+    with pytest.raises(ConfigError, match="returned nan for 'a'"):
+        Rewards([lambda completions: [[float("nan")]]])([[]], ["a"], {}, [[1]])
 
 
 def test_shaping_in_its_order():
@@ -71,8 +88,11 @@ def test_shaping_in_its_order():
         (lambda: Rewards(["nowhere.check"]), "no module 'nowhere'"),
         (lambda: RewardShaping(clip=-1), "positive clip"),
         (lambda: RewardShaping(missing_end_penalty=-1), "missing_end_penalty >= 0"),
-        (lambda: Rewards([lambda p, c, **k: [1.0]])([[]] * 2, ["a", "b"], {}), "must return a list of 2 numbers"),
-        (lambda: Rewards([lambda p, c, **k: [float("nan")]])([[]], ["a"], {}), "give a number"),
+        (
+            lambda: Rewards([lambda p, c, **k: [1.0]])([[]] * 2, ["a", "b"], {}, [[1]] * 2),
+            "must return a list of 2 numbers",
+        ),
+        (lambda: Rewards([lambda p, c, **k: [float("nan")]])([[]], ["a"], {}, [[1]]), "give a number"),
     ],
 )
 def test_mistakes(make, says):

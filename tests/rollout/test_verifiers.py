@@ -93,6 +93,21 @@ def test_what_a_verifier_is_given_and_returns_is_checked():
             verify(lambda *args, _wrong=wrong, **columns: _wrong, [prompt], ["a"], {})
 
 
+def test_a_function_is_given_what_it_names():
+    prompts, columns = [[{"role": "user", "content": "Hi"}]], {"answer": [4], "reference": [None]}
+    for function in (
+        lambda completions, answer: [len(completions[0]) + answer[0]],
+        lambda completions, **columns: [len(completions[0]) + columns["answer"][0]],
+        lambda prompts, completions, answer, style="": [len(completions[0]) + answer[0]],
+        lambda answer, completions, prompts: [len(completions[0]) + len(prompts) - 1 + answer[0]],
+        lambda texts, answers, /, **columns: [len(answers[0]) + columns["answer"][0]],
+        lambda *both, answer: [len(both[1][0]) + answer[0]],
+    ):
+        assert verify(function, prompts, ["abc"], columns) == [7.0]
+    with pytest.raises(ConfigError, match=r"<lambda>: the rows have no column 'answr': did you mean 'answer'\?"):
+        verify(lambda completions, answr: [0.0], prompts, ["abc"], columns)
+
+
 def test_missing_columns_are_one_sentence():
     with pytest.raises(ConfigError, match=r"no column 'answr': did you mean 'answer'\?"):
         verify(FinalNumber("answr"), [[]], ["1"], {"answer": ["1"]})

@@ -8,16 +8,19 @@ import lightning as L
 import pytest
 import torch
 
+from ftlit.callbacks.report import _KEPT_FULL, estimate
 from ftlit.data.prompts import PromptData
 from ftlit.errors import ConfigError
 from ftlit.forgetting import Replay
 from ftlit.objectives.advantages import GAE, GRPO, RLOO, ReMax
 from ftlit.objectives.kl import KLPenalty
 from ftlit.objectives.policy_gradient import CISPO, DAPO, GSPO, DrGRPO
+from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.rollout.rewards import RewardShaping
 from ftlit.stages import PPO, SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
+from ftlit.testing.tiny import tiny_classifier
 
 STRATEGIES = {
     "full": Full,
@@ -40,6 +43,15 @@ def rows(tmp_path):
             turns = [{"role": "user", "content": "Say " + "so " * (number % 4) + str(number)}]
             turns += [{"role": "assistant", "content": "abc"}] if number % 2 else []
             file.write(json.dumps({"messages": turns, "number": number}) + "\n")
+    return str(path)
+
+
+def answered_rows(rows):
+    path = Path(rows).with_name("sft.jsonl")
+    with path.open("w") as file:
+        for number in range(9):
+            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * (number % 3 + 1)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
     return str(path)
 
 
@@ -69,11 +81,13 @@ def train(
     stage.tokenizer = tiny_tokenizer()
     prompts = PromptData(train=rows, **{"batch_size": 6, **(data or {})})
     record = Record()
-    settings = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, **(trainer or {})}
+    precision = "64-true" if dtype == torch.float64 else "32-true"
+    settings = {
+        "max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, "precision": precision, **(trainer or {})
+    }  # fmt: skip
     runner = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, precision="64-true" if dtype == torch.float64 else "32-true",
-        callbacks=[record, *callbacks], default_root_dir=rows.rsplit("/", 1)[0], **settings,
+        enable_model_summary=False, callbacks=[record, *callbacks], default_root_dir=rows.rsplit("/", 1)[0], **settings,
     )  # fmt: skip
     runner.fit(stage, prompts)
     return stage, record, runner
@@ -86,6 +100,8 @@ KINDS = {
     "dr_grpo": {"advantage": GRPO(std=False), "loss": DrGRPO(), "num_answers": 3, "entropy_coef": 0.1},
     "rloo": {"advantage": RLOO(), "loss": GSPO(0.2, 0.2, length_normalized=False), "num_answers": 2},
     "remax": {"advantage": ReMax(), "loss": CISPO(), "num_answers": 2},
+    "gae_cool": {"advantage": GAE(), "temperature": 0.7, "entropy_coef": 0.1, "kl": KLPenalty(0.2, "loss", "k3")},
+    "grpo_cool": {"advantage": GRPO(), "num_answers": 3, "temperature": 0.7, "kl": KLPenalty(0.1, "loss", "k2")},
 }
 
 
@@ -93,7 +109,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", ["gae", "grpo"])
+@pytest.mark.parametrize("kind", ["gae", "grpo", "grpo_cool"])
 def test_the_first_ratio_of_every_rollout_is_exactly_one(rows, strategy, kind):
     """Same path, same packs, no dropout: bit for bit; and before anything is learned the divergence is 0."""
     options = {**KINDS[kind], "num_minibatches": 1, "update_epochs": 2}
@@ -111,12 +127,12 @@ def test_the_first_ratio_of_every_rollout_is_exactly_one(rows, strategy, kind):
     assert record.steps[2]["objective/kl"] != 0.0
 
 
-def logps_of(lm, prompt, answer):
+def logps_of(lm, prompt, answer, temperature=1.0):
     """One answer at a time through the model's own logits: log-probabilities, entropies, last hidden states."""
     ids = torch.tensor([[*prompt, *answer]])
     out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
     before = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    logps = torch.log_softmax(out.logits[0, before], -1)
+    logps = torch.log_softmax(out.logits[0, before] / temperature, -1)
     return (
         logps.gather(1, torch.tensor(answer)[:, None])[:, 0],
         -(logps.exp() * logps).sum(-1),
@@ -150,7 +166,7 @@ def textbook_advantages(kind, rewards, found, size, greedy_of, stage):
         elif kind == "rloo":
             each = [rewards[i] - (sum(group) - rewards[i]) / (size - 1)] * count
         else:
-            std = torch.tensor(group).double().std().item() + 1e-4 if kind == "grpo" else 1.0
+            std = torch.tensor(group).double().std().item() + 1e-4 if kind != "dr_grpo" else 1.0
             each = [(rewards[i] - mean) / std] * count
         out.append(torch.tensor(each, dtype=torch.float64))
     return out
@@ -169,9 +185,9 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
     start = tiny_lm("llama", torch.float64, vocab_size=259)
     torch.manual_seed(0)
     lm = tiny_lm("llama", torch.float64, vocab_size=259)
-    size = stage.num_answers
+    size, warmth = stage.num_answers, options.get("temperature", 1.0)
     with torch.no_grad():
-        old = [logps_of(start, found.prompts[i // size], answer)[0] for i, answer in enumerate(found.answers)]
+        old = [logps_of(start, found.prompts[i // size], answer, warmth)[0] for i, answer in enumerate(found.answers)]
     texts = [text_of(stage, answer) for answer in found.answers]
     # At the first rollout the divergence is 0, and so is the value: the penalty changes no advantage.
     given = textbook_advantages(kind, odd(None, texts), found, size, lambda p: greedy(start, p), stage)
@@ -194,7 +210,7 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
         number = sum(map(len, found.answers))
         terms = []
         for i, answer in enumerate(found.answers):
-            logps, entropies, states = logps_of(lm, found.prompts[i // size], answer)
+            logps, entropies, states = logps_of(lm, found.prompts[i // size], answer, warmth)
             a = advantages[i]
             ratios = (logps - old[i]).exp()
             if kind == "rloo":
@@ -226,7 +242,7 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
         inputs = [*names.values(), *(head if kind.startswith("gae") else [])]
         grads = torch.autograd.grad(value, inputs, allow_unused=True)
         for name, grad in zip(
-            [f"policy.lm.{n}" for n in names] + ["value_head.weight", "value_head.bias"], grads, strict=False
+            [f"policy.lm.{n}" for n in names] + ["critic.weight", "critic.bias"], grads, strict=False
         ):
             # RMSNorm rounds to float32 inside: by the size of the gradient.
             size_of = max(1.0, grad.abs().max().item())
@@ -298,12 +314,98 @@ def test_steps_epochs_and_rollouts(rows):
     assert all("policy/approxkl" in step and "loss/value" in step for step in record.steps)
 
 
+def test_the_memory_of_answers_and_of_a_value_model_is_counted(rows):
+    more = {"steps": 1, "data": {"max_tokens": None}}
+    short, long, valued = (
+        estimate(stage, stage.data)
+        for stage in (
+            train(rows, **more)[0],
+            train(rows, num_answers=4, max_new_tokens=9, **more)[0],
+            train(rows, value_model=tiny_lm("llama", vocab_size=259), **more)[0],
+        )
+    )
+    per_token = 16 * 2 * _KEPT_FULL * 4  # width, layers, what is kept of each, bytes
+    assert long - short == pytest.approx(6 * (4 * 9 - 6) * per_token)
+    own = sum(p.numel() for p in tiny_lm("llama", vocab_size=259).model.parameters())
+    assert valued - short == pytest.approx(4 * 4 * own, rel=0.01)
+
+
+def test_a_loader_that_is_asked_for_again_goes_on(rows):
+    settings = {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}
+    stage, record, _ = train(rows, steps=-1, trainer=settings)
+    assert [found.number for found in record.found] == [step // 4 for step in range(24)]
+    again = Record()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet["default_root_dir"] = str(Path(rows).parent)
+    trainer = L.Trainer(accelerator="cpu", max_steps=2, max_epochs=-1, callbacks=[again], **quiet)
+    trainer.fit(stage, PromptData(train=rows, batch_size=6))  # another run of the same stage begins anew
+    assert [found.number for found in again.found] == [0, 0]
+    assert again.steps[0]["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_filler_counts_nothing(rows):
+    """Even where its token could hardly be less likely."""
+    stage, record, _ = train(rows, steps=1, kl=KLPenalty(0.1, "loss", "k3"), advantage=GRPO(), num_answers=2)
+    batch = record.found[0].pack(())
+    logps = torch.full((1,), -200.0, requires_grad=True)
+    result = stage.micro_loss(batch, TokenScores(logps, torch.tensor([False])))
+    (grad,) = torch.autograd.grad(result.loss, logps)
+    assert result.loss == 0
+    assert grad == 0
+    assert all(value == 0 for value in result.sums.values())
+
+
 def test_the_value_head_has_its_own_rate(rows):
     stage, record, runner = train(rows, steps=2, lr=1e-2, value_lr=0.03)
     rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in stage.value_head.parameters()} == {0.03}
+    assert {rates[id(p)] for p in stage.critic.parameters()} == {0.03}
     assert {rates[id(p)] for p in stage.policy.parameters()} == {0.01}
     assert record.steps[0]["train/lr"] == 0.01
+
+
+def test_a_value_model_of_its_own(rows):
+    """A reward model keeps its head; values and gradients are those of one answer at a time, the policy's its own."""
+    critic = tiny_classifier("llama", labels=1, vocab_size=259)
+    options = {"steps": 1, "num_minibatches": 1, "value_lr": 0.03, "value_coef": 0.3, "value_clip": None}
+    stage, record, runner = train(rows, data={"max_tokens": 70}, value_model=critic, **options)
+    found = record.found[0]
+    values = []
+    for prompt, answer in zip(found.prompts, found.answers, strict=True):
+        states = critic.model(input_ids=torch.tensor([[*prompt, *answer]])).last_hidden_state
+        values.append(critic.score(states)[0, len(prompt) - 1 : -1, 0])
+    values = torch.cat(values)
+    torch.testing.assert_close(found.tokens["values"], values.detach(), rtol=0, atol=1e-5)
+    loss = 0.3 * 0.5 * (values - found.tokens["returns"]).square().mean()
+    names = dict(critic.named_parameters())
+    for name, grad in zip(names, torch.autograd.grad(loss, list(names.values())), strict=True):
+        torch.testing.assert_close(record.grads[0][f"critic.lm.{name}"], grad, rtol=0, atol=1e-5)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in stage.critic.parameters()} == {0.03}
+    _, alone, _ = train(rows, data={"max_tokens": 70}, value_model=critic, **{**options, "value_coef": 0.0})
+    for name, grad in alone.grads[0].items():
+        assert torch.equal(record.grads[0][name], grad) or not name.startswith("policy.")
+
+
+def test_a_value_model_from_a_language_model_starts_at_zero(rows):
+    """A copy, even of the policy itself, with its own strategy; added rows and learning go on beside it."""
+    lm = tiny_lm("llama", vocab_size=259)
+    replay = Replay(answered_rows(rows), objective="ce", ratio=0.5)
+    more = {"value_lr": 0.02, "kl": KLPenalty(0.0), "update_epochs": 4}
+    own = LoRA(rank=3, lr_ratio_b=4.0)
+    stage, record, runner = train(
+        rows, LoRA(rank=2), lm=lm, steps=8, value_model=lm, value_peft=own, callbacks=[replay], **more
+    )
+    assert record.steps[0]["val/explained_variance"] == 0.0
+    assert not record.found[0].tokens["values"].any()
+    errors = [step["loss/value"] for step in record.steps[:8]]
+    assert sum(errors[-2:]) < 0.7 * sum(errors[:2])
+    trained = {name for name, parameter in stage.critic.named_parameters() if parameter.requires_grad}
+    assert all("lora" in name or name == "lm.score.weight" for name in trained)
+    rates = {id(p): group["lr"] for group in runner.optimizers[0].param_groups for p in group["params"]}
+    assert {rates[id(p)] for name, p in stage.critic.named_parameters() if name.endswith("lora_B")} == {0.08}
+    assert {rates[id(p)] for name, p in stage.policy.named_parameters() if p.requires_grad} == {0.01}
+    assert stage.critic.lm.model is not lm.model
+    assert stage.critic.lm.model.layers[0].mlp.up_proj.lora_A.shape[0] == 3
 
 
 def test_every_minibatch_comes_once_in_each_pass_in_changing_order(rows):
@@ -368,6 +470,7 @@ def test_rewards_see_turns_answers_and_columns(rows):
         "shaping": RewardShaping(clip=9.0),
     }
     _, record, _ = train(rows, steps=1, **options)
+    assert record.steps[0]["objective/alike"] == 1.0  # both answers to a prompt have one reward
     prompts, completions, numbers, references = calls[0]
     assert len(prompts) == len(completions) == 12
     assert numbers[::2] == numbers[1::2]
@@ -383,6 +486,68 @@ def test_rewards_see_turns_answers_and_columns(rows):
     assert [one["reward"] for one in kept] == [2.0 * number - 1 for number in numbers]
 
 
+def test_whitened_baselines_are_those_of_their_rollout(rows):
+    """By the statistics that the answers themselves were whitened by."""
+    options = {
+        "advantage": ReMax(),
+        "shaping": RewardShaping(whiten=True),
+        "reward": lambda completions: [5.0 + len(t) for t in completions],
+    }
+    stage, record, _ = train(rows, steps=1, num_answers=2, **options)
+    found = record.found[0]
+    texts = [text_of(stage, answer) for answer in found.answers]
+    rewards = torch.tensor([5.0 + len(text) for text in texts])
+    torch.manual_seed(0)
+    start = tiny_lm("llama", vocab_size=259)
+    greedy_rewards = torch.tensor([5.0 + len(text_of(stage, greedy(start, prompt))) for prompt in found.prompts])
+    expected = (rewards - greedy_rewards.repeat_interleave(2)) / rewards.std()
+    torch.testing.assert_close(found.tokens["advantages"], expected[found.token_owners], rtol=0, atol=1e-5)
+    assert stage.rollouts.seconds["rewards"] > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_rewards_have_a_precision_of_their_own(rows, precision):
+    """The same in a rollout and in a validation, which Lightning runs in that of the run."""
+    seen = []
+
+    def exact(prompts, completions, **columns):
+        seen.append((torch.get_default_dtype(), torch.is_autocast_enabled("cpu")))
+        return [1.0009765625 for _ in completions]  # bfloat16 would say 1
+
+    more = {"precision": precision, "num_sanity_val_steps": -1}
+    stage, record, _ = train(rows, steps=1, reward=exact, data={"validation": 0.25}, trainer=more)
+    assert len(seen) >= 3
+    assert set(seen) == {(torch.float32, False)}
+    assert stage.last_metrics["val/reward"] == record.steps[0]["objective/scores"] == 1.0009765625
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_rewards_of_single_tokens(rows, whiten):
+    """Each counts from its token on; what shaping does lies on the last. Other advantages see their sum."""
+
+    def odd_tokens(completion_ids, **columns):
+        return [[float(token % 2) for token in answer] for answer in completion_ids]
+
+    shaping = RewardShaping(whiten=whiten, missing_end_penalty=0.5)
+    options = {"reward": odd_tokens, "shaping": shaping, "steps": 1}
+    _, record, _ = train(rows, advantage=GAE(lam=1.0, whiten=False), **options)
+    found = record.found[0]
+    totals = torch.tensor([float(sum(token % 2 for token in answer)) for answer in found.answers])
+    mean, std = (totals.mean(), totals.std()) if whiten else (0.0, 1.0)
+    expected = []
+    for answer in found.answers:  # values are 0: the advantage is the return
+        each = [token % 2 / std for token in answer]
+        last = -mean / std - 0.5 * (answer[-1] != 2)
+        expected += [sum(each[place:]) + last for place in range(len(answer))]
+    torch.testing.assert_close(found.tokens["advantages"], torch.tensor(expected), rtol=0, atol=1e-5)
+    assert record.steps[0]["objective/scores"] == pytest.approx(totals.mean().item())
+    summed = lambda completion_ids: [float(sum(token % 2 for token in answer)) for answer in completion_ids]  # noqa: E731
+    options |= {"advantage": GRPO(), "num_answers": 3}
+    _, ours, _ = train(rows, **options)
+    _, theirs, _ = train(rows, **{**options, "reward": summed})
+    torch.testing.assert_close(ours.found[0].tokens["advantages"], theirs.found[0].tokens["advantages"])
+
+
 def test_the_weight_of_the_penalty_is_steered(rows):
     options = {"kl": KLPenalty(coef=0.1, target=1e-3), "lr": 0.05, "update_epochs": 1, "num_minibatches": 1}
     _, record, _ = train(rows, steps=6, **options)
@@ -395,11 +560,7 @@ def test_the_weight_of_the_penalty_is_steered(rows):
 
 def test_replay_beside_the_rollouts(rows):
     """Added rows are counted against the trained tokens, reach the loss, and weight 0 is as if they were not there."""
-    sft = rows.replace("rows.jsonl", "sft.jsonl")
-    with open(sft, "w") as file:
-        for number in range(9):
-            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * (number % 3 + 1)}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    sft = answered_rows(rows)
     make = lambda weight: Replay(sft, objective="ce", ratio=0.5, weight=weight)  # noqa: E731
     plain, first, _ = train(rows, steps=8)
     none, _, _ = train(rows, steps=8, callbacks=[make(0.0)])
@@ -412,6 +573,13 @@ def test_replay_beside_the_rollouts(rows):
     losses = [step["forgetting/replay/loss"] for step in record.steps if "forgetting/replay/loss" in step]
     assert losses[-1] < losses[0]
     assert record.steps[0]["loss/policy"] == pytest.approx(first.steps[0]["loss/policy"], abs=1e-6)
+    at_one, at_three = (
+        train(rows, steps=1, callbacks=[make(1.0)], temperature=temperature, max_new_tokens=1, num_minibatches=1)[1]
+        for temperature in (1.0, 3.0)
+    )  # the same rows are replayed, at temperature 1
+    loss = at_one.steps[0]["forgetting/replay/loss"]
+    assert at_three.steps[0]["forgetting/replay/loss"] == pytest.approx(loss, abs=1e-6)
+    assert at_three.steps[0]["policy/entropy"] != pytest.approx(at_one.steps[0]["policy/entropy"], abs=1e-3)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -428,6 +596,10 @@ def test_replay_beside_the_rollouts(rows):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"value_clip": 0.0}, "value_clip must be positive or left out"),
         ({"entropy_coef": -1.0}, "entropy_coef must be at least 0"),
+        ({"value_lr": 0.0}, "value_lr must be positive or left out"),
+        ({"advantage": GRPO(), "num_answers": 2, "value_model": "x"}, "GRPO has no use for values"),
+        ({"value_model": "x", "value_detached": True}, "value_detached is for a value head"),
+        ({"value_peft": LoRA()}, "model.value_model, which is missing"),
     ],
 )
 def test_settings_out_of_range(options, says):
@@ -438,6 +610,11 @@ def test_settings_out_of_range(options, says):
 def test_settings_that_do_not_go_together(rows):
     with pytest.raises(ConfigError, match="num_minibatches is 9, but a rollout has 6 prompts"):
         train(rows, num_minibatches=9)
+    for family, limit in (("llama", 512), ("gpt2", 512)):
+        with pytest.raises(
+            ConfigError, match=f"longest prompt has 34 tokens and the model takes {limit} .* at most 475"
+        ):
+            train(rows, PromptTuning(3), lm=tiny_lm(family, vocab_size=259), max_new_tokens=476)
     stage = SFT(policy=tiny_lm())
     stage.tokenizer = tiny_tokenizer()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
