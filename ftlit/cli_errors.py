@@ -85,7 +85,6 @@ FOREIGN = {
     "report_to": "config logger/wandb",
     "use_peft": "config peft/lora",
     "resume_from_checkpoint": "ckpt_path",
-    "beta": "model.loss.beta (of PPO model.kl.coef)",
     "dpo_beta": "model.loss.beta",
     "pref_beta": "model.loss.beta",
     "loss_type": "model.loss",
