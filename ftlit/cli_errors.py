@@ -57,7 +57,7 @@ FOREIGN = {
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
-    "beta": "model.kl.coef of PPO, model.loss.beta of DPO",
+    "beta": "model.loss.beta (of PPO model.kl.coef)",
     "kl_coef": "model.kl.coef",
     "init_kl_coef": "model.kl.coef",
     "num_generations": "model.num_answers",
