@@ -260,7 +260,7 @@ def main() -> None:
         if args.model is None:
             parser.error("run needs --model")
         data = args.data.resolve()
-        runs = [*grid(data), *further(data)] if args.only else grid(data)
+        runs = sorted([*grid(data), *further(data)] if args.only else grid(data), key=lambda run: run.seed)
         todo = {run.name: arguments(run, args.model, data) for run in runs if not args.only or run.group in args.only}
         fit_all(todo, args.out, args.jobs)
     rows = list(results(args.data.resolve(), args.out))
