@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FIRST_VERDICT = FIRST_OWN // 2
 _TARGET = "target"
 _EARLY = (2, 5, 10)  # forgetting is fastest early: the controller hears of it before its regular probes
+_ONE_SIDED = 1.645  # standard errors below which 95 % of a normal distribution lie
+_RISE = 0.2  # part of the run in which what is forgotten at one weight grows to about where it stays
 _LEARNT = "nats a trained token"  # the loss whose fall is what was learnt
 
 
@@ -64,8 +66,7 @@ class ForgettingBudget(ForgettingControl):
         steering_documents: How many of the first probe's documents steer.
         max_tokens: Most tokens of each probe of a domain of rows.
         probes: How many times to measure over the run, besides three early ones.
-        integral: Gain of the integral part, see `IntegralController`.
-        proportional: Gain of the proportional part.
+        integral: Gain of the controller, see `IntegralController`.
         max_weight: Largest factor on the controls' own weights.
         project: Whether to go back toward the start at the end if that is needed.
         seed: Seed of the texts and of the bootstrap.
@@ -89,7 +90,6 @@ class ForgettingBudget(ForgettingControl):
         max_tokens: int = 32768,
         probes: int = 30,
         integral: float = 0.5,
-        proportional: float = 1.0,
         max_weight: float = 20.0,
         project: bool = True,
         seed: int = 0,
@@ -114,7 +114,7 @@ class ForgettingBudget(ForgettingControl):
         self.names, self.documents, self.new_tokens = controls, documents, new_tokens
         self.steering_documents, self.max_tokens, self.probes = steering_documents, max_tokens, probes
         self.project, self.seed = project, seed
-        self.controller = IntegralController(self.limit, integral, proportional, max_weight, min(1.0, max_weight))
+        self.controller = IntegralController(self.limit, integral, max_weight, min(1.0, max_weight))
         self.lowest = self.highest = self.controller.weight
         self.seconds, self._began, self._earlier = 0.0, 0.0, 0.0
         self.outcome: dict[str, float] = {}
@@ -269,9 +269,10 @@ class ForgettingBudget(ForgettingControl):
         every = max(1, last // self.probes)
         if step % every and not (step in _EARLY and step < every):
             return
-        worst = self._worst(self._measured("steering", trainer, pl_module))
-        before = self.controller.weight
-        weight = self.controller.update(worst.change, left=(last - 1 - step) // every)
+        measured = self._measured("steering", trainer, pl_module)
+        worst, before = self._worst(measured), self.controller.weight
+        judged = max(self._judged(name, one) for name, one in measured.items())
+        weight = self.controller.update(judged, min(1.0, step / (_RISE * last)), (last - 1 - step) // every)
         self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
         self._turn(pl_module)
         self._log(trainer, {"change": worst.change, "limit": self.limit, "weight": weight})
@@ -292,6 +293,11 @@ class ForgettingBudget(ForgettingControl):
             self._finish(trainer, pl_module)
             if self.outcome["alpha"] < 1:
                 measure_again(trainer, pl_module)
+
+    def _judged(self, name: str, steering: Measured) -> float:
+        """The upper bound that all documents of the first probe would give, by which the end is judged."""
+        share = steering.documents / self._meters["first"].sets[name].count
+        return steering.change + _ONE_SIDED * steering.paired.standard_error * math.sqrt(share)
 
     def _turn(self, stage: Stage) -> None:
         for control in self.turned(stage):

@@ -32,6 +32,11 @@ class Documents(NamedTuple):
     owners: np.ndarray | None = None
 
     @property
+    def count(self) -> int:
+        """How many documents there are."""
+        return len(self.examples) if self.owners is None else len(np.unique(self.owners))
+
+    @property
     def token_owners(self) -> np.ndarray:
         """The document of each scored token, int64 `[tokens]`."""
         owners = np.arange(len(self.examples)) if self.owners is None else self.owners

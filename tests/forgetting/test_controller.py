@@ -27,19 +27,42 @@ def test_settles_at_the_limit(forgets):
     assert not controller.out_of_reach
 
 
+@pytest.mark.parametrize("power", [0.4, 1.0, 1.5])
+def test_settles_whatever_the_power(power):
+    """What is forgotten falls as a power of the weight, and follows it slowly."""
+    controller, value = IntegralController(0.02), 0.0
+    for _ in range(300):
+        value += 0.3 * (0.1 / (1 + 4 * controller.weight) ** power - value)
+        controller.update(value)
+    assert value == pytest.approx(0.02, rel=0.02)
+
+
 def test_falls_to_zero_where_there_is_slack():
     controller = IntegralController(0.02)
     settle(controller, 0.01, 30)
     assert controller.weight == 0
-    assert controller.sum == 0
+
+
+def test_slack_early_does_not_switch_it_off():
+    """A measurement far below what is allowed costs a factor, not the weight."""
+    controller = IntegralController(0.02)
+    assert [controller.update(0.0) for _ in range(3)] == pytest.approx([math.exp(-0.5 * n) for n in (1, 2, 3)])
+
+
+def test_what_is_allowed_grows_with_the_share():
+    controller = IntegralController(0.02)
+    assert controller.update(0.005, share=0.25) == pytest.approx(1.0)
+    assert controller.update(0.005 * math.e, share=0.25) == pytest.approx(math.exp(0.5))
 
 
 def test_slack_is_not_paid_back():
-    """After a long slack the weight answers the first excess at once."""
+    """After a long slack the weight answers at once, and is back after some measurements."""
     controller = IntegralController(0.02)
     for _ in range(100):
         controller.update(0.0)
-    controller.update(0.2)
+    assert controller.update(0.2) > 0
+    for _ in range(3):
+        controller.update(0.2)
     assert controller.weight > 1
 
 
@@ -66,10 +89,12 @@ def test_a_limit_out_of_reach_is_said_early_and_one_within_reach_is_not(probes, 
 
 
 def test_first_measurements_by_hand():
-    controller = IntegralController(0.1, integral=0.5, proportional=1.0, first=1.0)
-    assert controller.update(0.15) == pytest.approx(1 + 0.25 + 0.5)
-    assert controller.update(1.0) == pytest.approx(1.25 + 1.5 + (0.5 + 3) / 2)  # the error is clipped at 3
-    assert controller.update(0.0) == pytest.approx(2.75 - 0.5 + (1.75 - 1) / 2)
+    controller = IntegralController(0.1, integral=0.5, first=2.0)
+    assert controller.update(0.15) == pytest.approx(2 * 1.5**0.5)
+    assert controller.update(10.0) == pytest.approx(2 * 1.5**0.5 * math.e)  # the excess is clipped at 2
+    assert controller.update(-1.0) == pytest.approx(2 * 1.5**0.5 * math.exp(0.5))  # and at -1
+    assert [controller.update(10.0) for _ in range(3)][-1] == 20.0
+    assert controller.update(-1.0) == pytest.approx(20 * math.exp(-0.5))  # nothing was wound up
 
 
 def test_goes_on_from_its_state():

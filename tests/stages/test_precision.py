@@ -54,8 +54,9 @@ def test_the_precision_decides_the_type_whatever_the_checkpoint_holds(tmp_path, 
 )
 @pytest.mark.parametrize("make", [LoRA, Full])
 def test_half_precision_follows_float32(settings, make):
-    _, reference, _ = fit("32-true", strategy=make())
-    _, record, _ = fit(**settings, strategy=make())
+    # A rate at which a difference of rounding is not blown up by the next step.
+    _, reference, _ = fit("32-true", strategy=make(), lr=0.01)
+    _, record, _ = fit(**settings, strategy=make(), lr=0.01)
     for ours, theirs in zip(record.steps, reference.steps, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=3e-2)
         if settings != {"precision": "bf16-true"}:  # there the weights themselves are rounded
