@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from runs import callback, fit_all, logged, summary
 
 STEPS = 40
@@ -173,13 +174,12 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     plain = groups.get("plain", [])
     if not plain:
         return
-    mean = {key: sum(row[key] for row in plain) / len(plain) for key in ("own_change", "chat_change", "learnt")}
     if "rate" in groups:
         found = sorted([*plain, *groups["rate"]], key=lambda row: row["lr"])
-        yield "C1 forgetting rises with the rate: " + _each(found, "lr", "own_change", "learnt")
+        yield "C1 forgetting rises with the rate: " + _each(found, "lr")
     if "ratio" in groups:
         found = sorted([*plain, *groups["ratio"]], key=lambda row: row["value"])
-        yield "C3 forgetting falls with the share of replay: " + _each(found, "value", "own_change", "learnt")
+        yield "C3 forgetting falls with the share of replay: " + _each(found, "value")
     if "real" in groups:
         pairs = [(by_name.get(f"ratio-0.1-{row['seed']}"), row) for row in groups["real"]]
         known = [(own, real) for own, real in pairs if own is not None]
@@ -192,7 +192,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"C4 share of the forgetting on {domain} that KL replay removes: " + "; ".join(shares)
     if "l2" in groups:
         found = sorted([plain[0], *groups["l2"]], key=lambda row: -(row["value"] or math.inf))
-        yield "C6 pull to the start, half-life in steps (0: none): " + _each(found, "value", "own_change", "learnt")
+        yield "C6 pull to the start, half-life in steps (0: none): " + _each(found, "value")
     if "decay" in groups:
         differences = [row["own_change"] - _of(plain, row, "own_change") for row in groups["decay"]]
         yield "C6 weight decay 0.1, change of forgetting: " + ", ".join(f"{value:+.4f}" for value in differences)
@@ -202,16 +202,36 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{row['learnt'] / plain[0]['learnt']:.0%} of what was learnt"
             for row in groups["between"]
         )
-    for row in groups.get("budget", []):
-        met = row["verdict"] <= math.log1p(row["value"])
+    if len(rows) > 2:
+        lost = [row["own_change"] for row in rows]
+        ranks = {key: _rank_correlation([row[key] for row in rows], lost) for key in ("target/kl", "weights/change")}
         yield (
-            f"C10 budget {row['value']:.0%}: {'met' if met else 'NOT met'}, perplexity "
-            f"{math.expm1(row['verdict']):+.2%} [{math.expm1(row['verdict_low']):+.2%}, "
-            f"{math.expm1(row['verdict_high']):+.2%}], alpha {row['alpha']:.2f}, learnt {row['learnt']:.3f} "
-            f"({row['learnt'] / mean['learnt']:.0%} of plain)"
+            f"C8 rank correlation with the forgetting of its own text over {len(rows)} runs: KL on the target rows "
+            f"{ranks['target/kl']:.2f}, change of the weights {ranks['weights/change']:.2f}"
         )
-    if "fixed" in groups:
-        yield "C10 fixed weights: " + _each(groups["fixed"], "value", "own_change", "learnt")
+    fixed = groups.get("fixed", [])
+    for row in groups.get("budget", []):
+        limit = math.log1p(row["value"])
+        best = max((one["learnt"] for one in [*plain[:1], *fixed] if one["verdict"] <= limit), default=math.nan)
+        yield (
+            f"C10 budget {row['value']:.0%}: {'met' if row['verdict'] <= limit else 'NOT met'}, perplexity "
+            f"{math.expm1(row['verdict']):+.2%} [{math.expm1(row['verdict_low']):+.2%}, "
+            f"{math.expm1(row['verdict_high']):+.2%}], alpha {row['alpha']:.2f}, learnt {row['learnt']:.4f} "
+            f"({row['learnt'] / plain[0]['learnt']:.1%} of plain; the best fixed weight that meets it {best:.4f}, "
+            f"{(best - row['learnt']) / plain[0]['learnt']:+.1%} of plain's gain)"
+        )
+    if fixed:
+        yield "C10 fixed weights: " + "; ".join(
+            f"{row['value']:g}: perplexity {math.expm1(row['verdict']):+.2%} [{math.expm1(row['verdict_low']):+.2%}, "
+            f"{math.expm1(row['verdict_high']):+.2%}], learnt {row['learnt']:.4f}"
+            for row in [*plain[:1], *fixed]
+        )
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks."""
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _of(plain: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float:
@@ -219,8 +239,13 @@ def _of(plain: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float
     return float(next(one[key] for one in plain if one["seed"] == row["seed"]))
 
 
-def _each(rows: Sequence[dict[str, Any]], value: str, *keys: str) -> str:
-    return "; ".join(f"{row[value]:g}: " + ", ".join(f"{key} {row[key]:+.4f}" for key in keys) for row in rows)
+def _each(rows: Sequence[dict[str, Any]], value: str) -> str:
+    """What each lost of its own text, nats a token with its 95 % interval, and what it learnt."""
+    return "; ".join(
+        f"{row[value]:g}: lost {row['own_change']:+.4f} [{row['own_change_low']:+.4f}, {row['own_change_high']:+.4f}], "
+        f"learnt {row['learnt']:.4f}"
+        for row in rows
+    )
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
