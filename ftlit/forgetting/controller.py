@@ -49,7 +49,7 @@ class IntegralController:
 
         Args:
             measured: The measurement.
-            share: The part of the limit that is allowed by now, in (0, 1].
+            share: What is allowed by now, as a multiple of the limit; positive.
             left: How many measurements follow; None: as many as it takes.
         """
         allowed = share * self.limit
@@ -62,7 +62,7 @@ class IntegralController:
         growth = math.exp(min(50.0, self.integral * max(0.0, error) * left)) if left is not None else math.inf
         reach = min(self.most, max(self.weight, self.least) * growth)
         best = measured * (1 + before) / (1 + max(before, reach))
-        self.hopeless = self.hopeless + 1 if best > _MARGIN * self.limit else 0
+        self.hopeless = self.hopeless + 1 if best > _MARGIN * max(1.0, share) * self.limit else 0
         return self.weight
 
     @property

@@ -32,7 +32,7 @@ class Documents(NamedTuple):
     owners: np.ndarray | None = None
 
     @property
-    def count(self) -> int:
+    def num_documents(self) -> int:
         """How many documents there are."""
         return len(self.examples) if self.owners is None else len(np.unique(self.owners))
 

@@ -53,7 +53,7 @@ def fit(folder: Path, args: Sequence[str], threads: int) -> float:
 def fit_all(runs: Mapping[str, Sequence[str]], out: Path, jobs: int = 1) -> None:
     """Trains what is not yet done.
 
-    The first run is alone: it writes the texts and scores that others only read.
+    Where none is done the first is alone: it writes the texts and scores that others only read.
 
     Args:
         runs: Arguments of `ftlit fit` by the name of the run.
@@ -69,7 +69,7 @@ def fit_all(runs: Mapping[str, Sequence[str]], out: Path, jobs: int = 1) -> None
     def one(name: str, threads: int) -> None:
         print(f"{name}: {fit(out / name, runs[name], threads):.0f} s", flush=True)
 
-    if todo:
+    if len(todo) == len(runs):
         one(todo.pop(0), cores)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda name: one(name, max(1, cores // jobs)), todo))

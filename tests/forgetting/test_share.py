@@ -20,9 +20,7 @@ class Lost:
         return self.function(share)
 
 
-@given(
-    st.floats(0.01, 5.0), st.floats(0.0, 1.0), st.floats(1.0, 3.0), st.floats(0.001, 0.2),
-)  # fmt: skip
+@given(st.floats(0.01, 5.0), st.floats(0.0, 1.0), st.floats(0.5, 3.0), st.floats(0.002, 0.2))
 def test_of_a_curve_that_grows(size, straight, power, limit):
     lost = Lost(lambda a: size * (straight * a + (1 - straight) * a**power))
     share = largest_share(lost, limit)
@@ -32,9 +30,10 @@ def test_of_a_curve_that_grows(size, straight, power, limit):
         assert share == 1.0
         assert len(lost.asked) == 1
         return
-    assert share == 0.0 or (share in lost.asked and lost.function(share) <= limit)
+    assert share in lost.asked
+    assert lost.function(share) <= limit
     best = max(a for a in (i / 4096 for i in range(4097)) if lost.function(a) <= limit)
-    assert share >= 0.85 * best - 1 / 64
+    assert share >= 0.8 * best - 1 / 64
 
 
 def test_a_square_needs_two_measurements():
