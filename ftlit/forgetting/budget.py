@@ -69,7 +69,7 @@ class ForgettingBudget(ForgettingControl):
         steering_documents: How many of the first probe's documents steer.
         max_tokens: Most tokens of each probe of a domain of rows.
         probes: How many times to measure over the run, besides three early ones.
-        integral: Gain of the controller, see `IntegralController`.
+        integral: Gain of the controller, in a tenth of the run; see `IntegralController`.
         max_weight: Largest factor on the controls' own weights.
         project: Whether to go back toward the start at the end if that is needed.
         seed: Seed of the texts and of the bootstrap.
@@ -92,7 +92,7 @@ class ForgettingBudget(ForgettingControl):
         steering_documents: int = 64,
         max_tokens: int = 32768,
         probes: int = 30,
-        integral: float = 0.5,
+        integral: float = 1.0,
         max_weight: float = 20.0,
         project: bool = True,
         seed: int = 0,
@@ -123,6 +123,7 @@ class ForgettingBudget(ForgettingControl):
         self.outcome: dict[str, float] = {}
         self.ended_at = -1
         self.infeasible_at: int | None = None
+        self._turned_at = 0
         self._given: dict[str, float] = {}
         self._meters: dict[str, Meter] = {}
 
@@ -184,7 +185,7 @@ class ForgettingBudget(ForgettingControl):
     def prepare(self, stage: Stage) -> None:
         assert stage.policy is not None
         stage.strategy.remember_start(stage.policy.lm)
-        self.outcome, self.ended_at, self.infeasible_at = {}, -1, None
+        self.outcome, self.ended_at, self.infeasible_at, self._turned_at = {}, -1, None, 0
         first: dict[str, Documents] = {}
         second: dict[str, Documents] = {}
         for name, rows in self.domains.items():
@@ -275,7 +276,9 @@ class ForgettingBudget(ForgettingControl):
         measured = self._measured("steering", trainer, pl_module)
         worst, before = self._worst(measured), self.controller.weight
         judged = max(self._judged(name, one) for name, one in measured.items())
-        weight = self.controller.update(judged, _allowed(pl_module, step, last), (last - 1 - step) // every)
+        elapsed, left = 10 * (step - self._turned_at) / last, 10 * (last - 1 - step) / last
+        weight = self.controller.update(judged, _allowed(pl_module, step, last), elapsed, left)
+        self._turned_at = step
         self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
         self._turn(pl_module)
         self._log(trainer, {"change": worst.change, "limit": self.limit, "weight": weight})
@@ -415,6 +418,7 @@ class ForgettingBudget(ForgettingControl):
             "outcome": dict(self.outcome),
             "ended_at": self.ended_at,
             "infeasible_at": self.infeasible_at,
+            "turned_at": self._turned_at,
         }
 
     @override
@@ -423,6 +427,7 @@ class ForgettingBudget(ForgettingControl):
         for name in ("lowest", "highest", "seconds", "ended_at", "infeasible_at"):
             setattr(self, name, state_dict[name])
         self._earlier, self.outcome = state_dict["spent"], dict(state_dict["outcome"])
+        self._turned_at = state_dict["turned_at"]
 
 
 def _allowed(stage: Stage, step: int, last: int) -> float:

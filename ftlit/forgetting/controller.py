@@ -15,16 +15,16 @@ _MARGIN = 1.25  # for the noise of a measurement and for what has not settled ye
 class IntegralController:
     """Turns a weight so that what is measured stays within a limit.
 
-    The logarithm of the weight is the integral of the excess `e = clip(ln(measured / allowed), -1, 2)`: a measurement
-    multiplies the weight by `exp(integral * e)`, within `[0.05, most]` (anti-windup: a long stretch on one side of the
-    limit is not paid back on the other), and at 0.05 the weight is 0. This is dual ascent on the constraint (Platt and
-    Barr 1987) by multiplicative updates (exponentiated gradient, Kivinen and Warmuth 1997). What is forgotten falls
-    about as a power of the weight, over several orders of magnitude; so logarithms on both sides make the gain mean the
-    same for every budget, and slack early on does not switch the control off.
+    The logarithm of the weight is the integral over time of the excess `e = clip(ln(measured / allowed), -1, 2)`: a
+    measurement multiplies the weight by `exp(integral * e * elapsed)`, within `[0.05, most]` (anti-windup: a long
+    stretch on one side of the limit is not paid back on the other), and at 0.05 the weight is 0. This is dual ascent on
+    the constraint (Platt and Barr 1987) by multiplicative updates (exponentiated gradient, Kivinen and Warmuth 1997).
+    What is forgotten falls about as a power of the weight, over several orders of magnitude; so logarithms on both
+    sides make the gain mean the same for every budget, and slack early on does not switch the control off.
 
     Args:
         limit: What is allowed in the end, such as nats a token; positive.
-        integral: Gain: how much the logarithm of the weight grows with a measurement of e times what is allowed.
+        integral: Gain: how much the logarithm of the weight grows in a unit of time with e times what is allowed.
         most: Largest weight.
         first: Weight before the first measurement.
 
@@ -32,7 +32,7 @@ class IntegralController:
         ConfigError: If a number is out of range.
     """
 
-    def __init__(self, limit: float, integral: float = 0.5, most: float = 20.0, first: float = 1.0) -> None:
+    def __init__(self, limit: float, integral: float = 1.0, most: float = 20.0, first: float = 1.0) -> None:
         if limit <= 0 or integral <= 0 or most <= 0 or not 0 <= first <= most:
             raise ConfigError(
                 "a controller needs a positive limit, gain and largest weight, and a first weight up to the largest; "
@@ -44,19 +44,20 @@ class IntegralController:
         self.weight = first
         self.hopeless = 0  # measurements in a row from which the limit seems out of reach
 
-    def update(self, measured: float, share: float = 1.0, left: int | None = None) -> float:
+    def update(self, measured: float, share: float = 1.0, elapsed: float = 1.0, left: float | None = None) -> float:
         """Takes a measurement and returns the new weight.
 
         Args:
             measured: The measurement.
             share: What is allowed by now, as a multiple of the limit; positive.
-            left: How many measurements follow; None: as many as it takes.
+            elapsed: Time since the measurement before, in the unit of the gain.
+            left: Time in which the weight can still be turned; None: as long as it takes.
         """
         allowed = share * self.limit
         error = min(2.0, max(-1.0, math.log(max(measured, allowed / 8) / allowed)))
         before = self.weight
         low, high = math.log(self.least), math.log(self.most)
-        self.log = min(high, max(low, self.log + self.integral * error))
+        self.log = min(high, max(low, self.log + self.integral * error * elapsed))
         self.weight = self.most if self.log == high else 0.0 if self.log == low else math.exp(self.log)
         # At best what is measured falls as 1 / (1 + weight), the target's share of the loss.
         growth = math.exp(min(50.0, self.integral * max(0.0, error) * left)) if left is not None else math.inf

@@ -45,14 +45,14 @@ def test_falls_to_zero_where_there_is_slack():
 
 def test_slack_early_does_not_switch_it_off():
     """A measurement far below what is allowed costs a factor, not the weight."""
-    controller = IntegralController(0.02)
+    controller = IntegralController(0.02, integral=0.5)
     assert [controller.update(0.0) for _ in range(3)] == pytest.approx([math.exp(-0.5 * n) for n in (1, 2, 3)])
 
 
 def test_what_is_allowed_grows_with_the_share():
     controller = IntegralController(0.02)
     assert controller.update(0.005, share=0.25) == pytest.approx(1.0)
-    assert controller.update(0.005 * math.e, share=0.25) == pytest.approx(math.exp(0.5))
+    assert controller.update(0.005 * math.e, share=0.25, elapsed=0.3) == pytest.approx(math.exp(0.3))
 
 
 def test_slack_is_not_paid_back():
@@ -82,7 +82,9 @@ def test_a_limit_out_of_reach_is_said_early_and_one_within_reach_is_not(probes, 
         controller, value, said = IntegralController(0.02), 0.0, []
         for number in range(probes):
             value += gain * (plain / (1 + controller.weight) - value)
-            controller.update(value + 0.003 * math.sin(2.4 * number), left=probes - 1 - number)
+            controller.update(
+                value + 0.003 * math.sin(2.4 * number), elapsed=10 / probes, left=10 * (probes - 1 - number) / probes
+            )
             said += [number] if controller.out_of_reach else []
         assert bool(said) == (plain > 0.1), plain
         assert not said or said[0] <= (5 if probes == 10 else 9)
