@@ -276,8 +276,11 @@ class ForgettingBudget(ForgettingControl):
         measured = self._measured("steering", trainer, pl_module)
         worst, before = self._worst(measured), self.controller.weight
         judged = max(self._judged(name, one) for name, one in measured.items())
+        allowed = _allowed(pl_module, step, last)
+        if step < _RISE * last:  # slack says nothing yet, and what is forgotten early is hard to bring back
+            judged = max(judged, allowed * self.limit)
         elapsed, left = 10 * (step - self._turned_at) / last, 10 * (last - 1 - step) / last
-        weight = self.controller.update(judged, _allowed(pl_module, step, last), elapsed, left)
+        weight = self.controller.update(judged, allowed, elapsed, left)
         self._turned_at = step
         self.lowest, self.highest = min(self.lowest, weight), max(self.highest, weight)
         self._turn(pl_module)
