@@ -12,7 +12,6 @@ Runs with one seed see the same rows in the same order, so differences between t
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from runs import callback, fit_all, logged, summary
+from runs import callback, command_line, fit_all, logged, summary
 
 STEPS = 40
-DOMAINS = ("chat", "raw", "own")
+DOMAINS = {"chat": "general answers", "raw": "raw web text", "own": "its own text from before"}
 SEEDS = (0, 1)
 LR = 5e-4
 
@@ -264,7 +263,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
             axes.plot([row["learnt"] for row in some], changes, "o-", alpha=0.7, label=group)
         axes.set_xlabel("learnt: fall of the loss on held-out target rows, nats a token")
         axes.set_ylabel("lost: rise of the perplexity, %")
-        axes.set_title(f"Every run of the study: what it learnt, and what it lost on {domain}")
+        axes.set_title(f"Every run of the study: what it learnt, and what it lost on {DOMAINS[domain]}")
         axes.legend()
         figure.savefig(out / f"plane-{domain}.png", dpi=150)
         plt.close(figure)
@@ -272,18 +271,10 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("run", "report"))
-    parser.add_argument("--model", help="the start model, a transformers folder")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder of the study")
-    parser.add_argument("--only", nargs="*", help="groups of the grid, or full, foreign, select, ewc; the grid")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = command_line(
+        __doc__, "runs/study", "groups of the grid, or full, foreign, select, ewc; the grid when left out"
+    )
     if args.mode == "run":
-        if args.model is None:
-            parser.error("run needs --model")
         data = args.data.resolve()
         runs = sorted([*grid(data), *further(data)] if args.only else grid(data), key=lambda run: run.seed)
         todo = {run.name: arguments(run, args.model, data) for run in runs if not args.only or run.group in args.only}

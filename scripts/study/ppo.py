@@ -9,14 +9,13 @@ sentences. Questions about things that no training prompt names are held out and
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import callback, fit_all, logged, summary
+from runs import callback, command_line, fit_all, logged, summary
 
 RUNS = ("ppo-0", "ppo-1", "ppo-2", "grpo", "rloo")
 ROLLOUTS, EVERY = 20, 5
@@ -124,18 +123,9 @@ def draw(out: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("run", "report"))
-    parser.add_argument("--model", help="the start model, a transformers folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/ppo"), help="the folder of the study")
-    parser.add_argument("--only", nargs="*", help=f"runs: {', '.join(RUNS)}; all when left out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = command_line(__doc__, "runs/ppo", f"runs: {', '.join(RUNS)}; all when left out", data=False)
     if args.mode == "run":
-        if args.model is None:
-            parser.error("run needs --model")
-        runs = grid(args.model, args.out.resolve())
+        runs = grid(args.model, args.out)
         fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
     found = list(findings(args.out))
     if not found:

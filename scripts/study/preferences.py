@@ -10,7 +10,6 @@ than the whole. One row in five is held out. `run` trains what is not yet done a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import callback, fit_all, logged, summary
+from runs import callback, command_line, fit_all, logged, summary
 
 PEOPLE, GENERAL = "dpo_en_demo.json", "alpaca_en_demo.json"
 BUDGET = 0.02
@@ -168,19 +167,9 @@ def draw(out: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("run", "report"))
-    parser.add_argument("--model", help="the start model, a transformers folder")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
-    parser.add_argument("--out", type=Path, default=Path("runs/preferences"), help="the folder of the study")
-    parser.add_argument("--only", nargs="*", help="runs: lora, full, budget, shorter, reward; all when left out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = command_line(__doc__, "runs/preferences", "runs: lora, full, budget, shorter, reward; all when left out")
     if args.mode == "run":
-        if args.model is None:
-            parser.error("run needs --model")
-        runs = grid(args.model, args.data.resolve(), args.out.resolve())
+        runs = grid(args.model, args.data.resolve(), args.out)
         fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
     found = list(findings(args.out))
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -12,6 +13,31 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+
+def command_line(words: str | None, out: str, names: str, data: bool = True) -> argparse.Namespace:
+    """Reads the command line of a study: `run` or `report`, and where things are; makes the folder of the study.
+
+    Args:
+        words: What the study is, for `--help`.
+        out: Its folder, when none is given.
+        names: What `--only` may name, in words.
+        data: Whether it takes a folder of data.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("run", "report"))
+    parser.add_argument("--model", help="the start model, a transformers folder")
+    if data:
+        parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data")
+    parser.add_argument("--out", type=Path, default=Path(out), help="the folder of the study")
+    parser.add_argument("--only", nargs="*", help=names)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    args = parser.parse_args()
+    if args.mode == "run" and args.model is None:
+        parser.error("run needs --model")
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def callback(name: str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -87,4 +113,4 @@ def logged(folder: Path, key: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
 
 
-__all__ = ["callback", "fit", "fit_all", "logged", "summary"]
+__all__ = ["callback", "command_line", "fit", "fit_all", "logged", "summary"]
