@@ -295,7 +295,6 @@ def _quiet() -> None:
         "litlogger",
         "LeafSpec",
         "does not have many workers",
-        "across ranks is zero",
         "ModelCheckpoint",
         "`isinstance\\(treespec",
         "callbacks used to create the checkpoint",

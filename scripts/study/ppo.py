@@ -10,12 +10,11 @@ sentences. Questions about things that no training prompt names are held out and
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import callback, command_line, fit_all, logged, summary
+from runs import callback, command_line, fit_all, logged, show, summary
 
 RUNS = ("ppo-0", "ppo-1", "ppo-2", "grpo", "rloo")
 ROLLOUTS, EVERY = 20, 5
@@ -127,11 +126,7 @@ def main() -> None:
     if args.mode == "run":
         runs = grid(args.model, args.out)
         fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
-    found = list(findings(args.out))
-    if not found:
-        sys.exit(f"{args.out} holds no finished run.")
-    draw(args.out)
-    print("\n".join(found))
+    show(args.out, findings(args.out), draw)
 
 
 if __name__ == "__main__":

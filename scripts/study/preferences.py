@@ -14,12 +14,11 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import callback, command_line, fit_all, logged, summary
+from runs import callback, command_line, fit_all, logged, show, summary
 
 PEOPLE, GENERAL = "dpo_en_demo.json", "alpaca_en_demo.json"
 BUDGET = 0.02
@@ -171,11 +170,7 @@ def main() -> None:
     if args.mode == "run":
         runs = grid(args.model, args.data.resolve(), args.out)
         fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
-    found = list(findings(args.out))
-    if not found:
-        sys.exit(f"{args.out} holds no finished run.")
-    draw(args.out)
-    print("\n".join(found))
+    show(args.out, findings(args.out), draw)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,21 @@ def fit_all(runs: Mapping[str, Sequence[str]], out: Path, jobs: int = 1) -> None
         list(pool.map(lambda name: one(name, max(1, cores // jobs)), todo))
 
 
+def show(out: Path, found: Iterable[str], draw: Callable[[Path], None]) -> None:
+    """Prints what was found and draws it; ends where no run is done.
+
+    Args:
+        out: The folder of the study.
+        found: What was found, in lines.
+        draw: Draws it into the folder.
+    """
+    lines = list(found)
+    if not lines:
+        sys.exit(f"{out} holds no finished run.")
+    draw(out)
+    print("\n".join(lines))
+
+
 def summary(folder: Path) -> dict[str, Any] | None:
     """What a run left in `summary.json`; None where it is not done."""
     path = folder / "summary.json"
@@ -113,4 +128,4 @@ def logged(folder: Path, key: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
 
 
-__all__ = ["callback", "command_line", "fit", "fit_all", "logged", "summary"]
+__all__ = ["callback", "command_line", "fit", "fit_all", "logged", "show", "summary"]
