@@ -20,6 +20,7 @@ MODELS = {
     "chat": "talk with a model, a run or an adapter",
     "score": "rate answers with a reward model, or label texts with a classifier",
     "export": "write the merged model or the adapter of a run",
+    "compare": "show finished runs side by side: learnt and lost; or one after the other (--tasks)",
     "configs": "list the shipped configs",
 }
 

@@ -1,4 +1,4 @@
-"""The verbs that use a model: generate, chat, score, export; and the list of shipped configs.
+"""The verbs that use a model or finished runs: generate, chat, score, export, compare; and the list of shipped configs.
 
 Arguments are parsed with the standard library, so help and mistakes answer before torch is imported.
 """
@@ -84,7 +84,14 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    verbs = {"generate": _generate, "chat": _chat, "score": _score, "export": _export, "configs": _configs}
+    verbs = {
+        "generate": _generate,
+        "chat": _chat,
+        "score": _score,
+        "export": _export,
+        "compare": _compare,
+        "configs": _configs,
+    }
     return verbs[args[0]](args[1:])
 
 
@@ -318,4 +325,33 @@ def _export(args: list[str]) -> int:
     else:
         write_model(opened, options.to, options.dtype)
     print(f"{'adapter' if options.adapter else 'model'} written to {options.to}")
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    parser = _Parser(
+        "ftlit compare",
+        description="Finished runs side by side: what each learnt, what it lost, how its budget ended. With --tasks: "
+        "runs that each went on where the last one ended, and what these tasks did to one another (ACC, BWT, FWT, "
+        "Forgetting).",
+    )
+    parser.add_argument("run", nargs="+", help="run folders")
+    parser.add_argument("--labels", nargs="+", help="what the runs are called (default: names of the folders)")
+    parser.add_argument("--picture", help="draw where each ended, learnt against lost, to this file (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--tasks", nargs="+", help="the domain of the probe that each run learnt, in the order of the runs"
+    )
+    options = parser.parse_args(args)
+    if options.tasks and options.picture:
+        parser.error("--picture shows runs side by side, not one after the other: leave out --tasks")
+    from ftlit import compare
+
+    runs = compare.read(options.run, options.labels)
+    if options.tasks:
+        print("\n".join(compare.in_sequence(runs, options.tasks)))
+        return 0
+    print("\n".join(compare.side_by_side(runs)))
+    if options.picture:
+        compare.draw(runs, options.picture)
+        print(f"picture in {options.picture}")
     return 0

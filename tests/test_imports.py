@@ -13,7 +13,7 @@ TIERS = [
     {"objectives", "data", "models", "peft", "metrics"},
     {"rollout", "forgetting"},
     {"stages", "callbacks", "export"},
-    {"cli_errors", "cli", "verbs", "testing", "__main__"},
+    {"cli_errors", "cli", "compare", "verbs", "testing", "__main__"},
 ]
 TIER = {room: level for level, rooms in enumerate(TIERS) for room in rooms}
 # A control of forgetting acts on a stage: it may name its type, and nothing more.

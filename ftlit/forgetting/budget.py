@@ -54,8 +54,8 @@ class ForgettingBudget(ForgettingControl):
     what is learnt: a model that learnt nothing has met every budget.
 
     Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end, and in
-    `summary.json`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0), `.../gain`
-    (nats a token of the target), `.../kept` (the share of the gain; none where nothing was learnt).
+    `summary.json`, `.../limit`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0),
+    `.../gain` (nats a token of the target), `.../kept` (the share of the gain; none where nothing was learnt).
 
     Args:
         max_increase: Largest relative increase of perplexity: 0.02 are 2 %, `ln 1.02` nats a token.
@@ -337,6 +337,7 @@ class ForgettingBudget(ForgettingControl):
                 kept = self._gain(trainer, stage)
         verdict = self._worst(self._measured("second", trainer, stage))
         self.outcome = {
+            "limit": self.limit,
             "alpha": alpha,
             "verdict": verdict.change,
             "verdict_low": verdict.low,
