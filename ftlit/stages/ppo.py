@@ -23,33 +23,31 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
 
 from ftlit.batch import PackedBatch, StepTotals
 from ftlit.callbacks.rollout_samples import RolloutSamples
-from ftlit.data.datamodules import MAIN
 from ftlit.data.prompts import PromptData, PromptOrder
 from ftlit.errors import ConfigError
 from ftlit.models.policy import disable_dropout
 from ftlit.models.value import ValueHead, ValueModel, load_value_model
-from ftlit.objectives.advantages import GAE, Advantage, sums
+from ftlit.objectives.advantages import GAE, Advantage
 from ftlit.objectives.kl import KLPenalty, kl_estimate
 from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
 from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, PEFTStrategy
-from ftlit.rollout.experience import Experience, cut
+from ftlit.rollout.experience import Experience
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
 from ftlit.rollout.loader import Added, RolloutLoader
 from ftlit.rollout.rewards import Rewards, RewardShaping
 from ftlit.rollout.verifiers import Verifier
 from ftlit.stages.base import MicroLoss, Stage
+from ftlit.stages.held_out import HeldOut
 from ftlit.stages.rollouts import Rollouts
 
 
@@ -137,10 +135,9 @@ class PPO(Stage):
         self.value_strategy = value_peft
         self._check()
         self.critic: ValueHead | ValueModel | None = None
-        self.rollouts = Rollouts(self)
+        self.rollouts, self.held_out = Rollouts(self), HeldOut(self)
         self.loader: RolloutLoader | None = None
         self._resumed: tuple[Experience | None, int] = (None, 0)
-        self._sums: dict[str, Tensor] = {}
 
     def _check(self) -> None:
         least = self.advantage.least_answers
@@ -351,54 +348,22 @@ class PPO(Stage):
 
     # ---- validation and test ----------------------------------------------------------------------------------------
 
-    def _names(self, loop: str) -> list[str]:
-        return self.data.validation_names if loop == "val" else [MAIN]
-
-    def _evaluate(self, loop: str, numbers: Sequence[int], which: int = 0) -> None:
-        """Answers some held-out prompts greedily and adds what became of them."""
-        if not numbers:
-            return
-        name = self._names(loop)[which]
-        rows = [self.data.rows["test" if loop == "test" else f"validation:{name}"][number] for number in numbers]
-        made = self.rollouts.rewarded(rows, numbers, self.rollouts.draw(rows, [0] * len(rows), self.sampling.greedy))
-        found = made.experience
-        lengths = [len(prompt) for prompt in found.prompts]
-        tokens = self.rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), self.data.max_tokens))
-        apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
-        each = [torch.ones(len(rows)), self.rewards.weighted(made.said.scores), apart, found.lengths, made.ended]
-        each += made.said.scores
-        counts = torch.stack([one.double().sum() for one in each])
-        self._sums[name] = self._sums.get(name, torch.zeros_like(counts)) + counts
-        self.rollouts.keep(name if loop == "val" else loop, made)
-
-    def _log_evaluation(self, loop: str) -> None:
-        several = len(self.rewards.names) > 1
-        keys = ["reward", "kl", "length", "ended", *(f"rewards/{name}" for name in self.rewards.names)]
-        values: dict[str, float] = {}
-        for name in self._names(loop):
-            counts = self.rollouts.total(self._sums.get(name, torch.zeros(len(keys) + 1, dtype=torch.float64)))
-            place = loop if name == MAIN else f"{loop}/{name}"
-            means = zip(keys, (counts[1:] / counts[0]).tolist(), strict=True)
-            values |= {f"{place}/{key}": value for key, value in means if several or "/" not in key}
-        self._sums = {}
-        self.log_evaluation(loop, values)
-
     def validation_step(self, batch: list[int], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answers some held-out prompts."""
-        self._evaluate("val", batch, dataloader_idx)
+        self.held_out.answer("val", batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/reward`, `val/kl` (nats an answer), `val/length`, `val/ended`; of other sets `val/NAME/...`."""
         super().on_validation_epoch_end()
-        self._log_evaluation("val")
+        self.held_out.log("val")
 
     def test_step(self, batch: list[int], batch_idx: int) -> None:
         """Answers some test prompts."""
-        self._evaluate("test", batch)
+        self.held_out.answer("test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Logs the same as `test/...`."""
-        self._log_evaluation("test")
+        self.held_out.log("test")
 
     def predict_step(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Nothing: prompts have no file to predict.
