@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import lightning as L
 
-from ftlit.data.datamodules import MAIN
-
 DEFAULT = "val/loss"
 
 
@@ -23,7 +21,4 @@ def watched(trainer: L.Trainer, monitor: str) -> str | None:
     names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
     if names is not None and not names:
         return None
-    if monitor != DEFAULT:
-        return monitor
-    place, _, key = getattr(trainer.lightning_module, "best_by", (DEFAULT, "min"))[0].rpartition("/")
-    return f"{place}/{names[0]}/{key}" if names and MAIN not in names else f"{place}/{key}"
+    return getattr(trainer.lightning_module, "judged_by", monitor) if monitor == DEFAULT else monitor

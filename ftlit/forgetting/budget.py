@@ -50,12 +50,13 @@ class ForgettingBudget(ForgettingControl):
     its own). The loss is divided by 1 and the weights, so that they do not change the size of the step. At the end the
     weights go back toward the start as far as it takes for the upper 95 % bound on all documents of the first probe to
     meet the budget, and a **second** set of documents, which steers nothing, gives the verdict: met, if its estimate is
-    within the budget. What was kept of the gain on the target is printed beside, wherever the likelihood of rows is
-    what is learnt: a model that learnt nothing has met every budget.
+    within the budget. What was kept of the gain on the target is printed beside: a model that learnt nothing has met
+    every budget.
 
     Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end, and in
     `summary.json`, `.../limit`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0),
-    `.../gain` (nats a token of the target), `.../kept` (the share of the gain; none where nothing was learnt).
+    `.../gain` (nats a token of the target rows, or what the stage's `best_by` got better by), `.../kept` (the share of
+    the gain; none where nothing was learnt).
 
     Args:
         max_increase: Largest relative increase of perplexity: 0.02 are 2 %, `ln 1.02` nats a token.
@@ -124,6 +125,7 @@ class ForgettingBudget(ForgettingControl):
         self.ended_at = -1
         self.infeasible_at: int | None = None
         self._turned_at = 0
+        self._unit = ""
         self._given: dict[str, float] = {}
         self._meters: dict[str, Meter] = {}
 
@@ -193,6 +195,7 @@ class ForgettingBudget(ForgettingControl):
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
         target = self._target_documents(stage)
+        self._unit = "nats a token on the target rows" if target is not None else f"of {stage.judged_by}"
         sets = {"steering": steering, "first": first, "second": second}
         if target is not None:
             sets[_TARGET] = {_TARGET: target}
@@ -327,14 +330,14 @@ class ForgettingBudget(ForgettingControl):
     def _finish(self, trainer: L.Trainer, stage: Stage) -> None:
         """Takes the weights back as far as it takes, reads the second probe, and says how it ended."""
         self.ended_at = trainer.global_step
-        gain = kept = self._gain(trainer, stage)
         alpha = 1.0
         assert stage.policy is not None
         if self.project and stage.strategy.not_between(stage.policy.lm) is None:
             alpha = self._alpha(trainer, stage)
-            if alpha < 1:
-                stage.strategy.interpolate(stage.policy.lm, alpha)
-                kept = self._gain(trainer, stage)
+        gain = kept = self._gain(trainer, stage) if alpha < 1 or _TARGET in self._meters else None
+        if alpha < 1:
+            stage.strategy.interpolate(stage.policy.lm, alpha)
+            kept = self._gain(trainer, stage)
         verdict = self._worst(self._measured("second", trainer, stage))
         self.outcome = {
             "limit": self.limit,
@@ -350,10 +353,19 @@ class ForgettingBudget(ForgettingControl):
         self._say(trainer, f"budget     {self.line(trainer)}")
 
     def _gain(self, trainer: L.Trainer, stage: Stage) -> float | None:
-        """How far the loss on the target rows has fallen, nats a token; None where there are none."""
-        if _TARGET not in self._meters:
+        """What has been learnt: by how much the loss on target rows fell, or the stage's own validation got better.
+
+        None where it is not known where the run began.
+        """
+        if _TARGET in self._meters:
+            return -self._measured(_TARGET, trainer, stage)[_TARGET].change
+        key = stage.judged_by
+        if key is None or key not in stage.start_metrics:
             return None
-        return -self._measured(_TARGET, trainer, stage)[_TARGET].change
+        began = time.perf_counter()
+        gain = stage.validated()[key] - stage.start_metrics[key]
+        self.seconds += time.perf_counter() - began
+        return gain if stage.best_by[1] == "max" else -gain
 
     def _alpha(self, trainer: L.Trainer, stage: Stage) -> float:
         """The largest share of the way from the start whose upper bound on the first probe meets the budget."""
@@ -375,9 +387,9 @@ class ForgettingBudget(ForgettingControl):
         way = f"the weights went {got['alpha']:.0%} of the way from the start"
         if "kept" in got:
             way += f" and kept {got['kept']:.0%} of what was learnt ({got['gain'] * got['kept']:.3f} of "
-            way += f"{got['gain']:.3f} nats a token)"
+            way += f"{got['gain']:.3f} {self._unit})"
         elif "gain" in got:
-            way += f", and nothing was learnt (the loss on the target rows rose by {-got['gain']:.3f} nats a token)"
+            way += f", and nothing was learnt (worse than before by {-got['gain']:.3f} {self._unit})"
         words = [
             f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
             f"[{percent[1]}, {percent[2]}] on {texts:,} texts that steered nothing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
+from ftlit.data.datamodules import MAIN
 from ftlit.data.packing import StepLoader
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
@@ -155,6 +157,7 @@ class Stage(L.LightningModule):
         self._batch = StepBatch([], self.totals)
         self.validated_at = -1  # the optimizer step at which the last whole validation was
         self._prepared = False
+        self._caught: dict[str, float] | None = None  # where a validation leaves its numbers that is not logged
 
     drawn_tokens: int = 0
     """Most tokens that the policy draws for each row and is trained on."""
@@ -602,6 +605,9 @@ class Stage(L.LightningModule):
             loop: `val` or `test`.
             values: The metrics by their whole names, the same on all ranks.
         """
+        if self._caught is not None:
+            self._caught |= values
+            return
         if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
             if not self.trainer.ckpt_path:  # a run that goes on has that behind it
                 self.start_metrics = values
@@ -615,6 +621,44 @@ class Stage(L.LightningModule):
             # Already the same on all ranks; the mean of equal numbers only keeps Lightning from warning.
             shown = key == self.best_by[0]
             self.log(key, value, prog_bar=shown, sync_dist=self.trainer.world_size > 1, batch_size=1)
+
+    @property
+    def judged_by(self) -> str | None:
+        """`best_by` in this run: of the first set where none bears the main name; None where nothing is validated."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
+        if names is not None and not names:
+            return None
+        place, _, key = self.best_by[0].rpartition("/")
+        return f"{place}/{names[0]}/{key}" if names and MAIN not in names else f"{place}/{key}"
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether a validation is on the way of which nobody is to hear."""
+        return self._caught is not None
+
+    @torch.no_grad()
+    def validated(self) -> dict[str, float]:
+        """What a validation measures now; nothing of it is logged, and no callback hears of it."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        loaders = self.trainer.val_dataloaders
+        self._caught, was = {}, self.training
+        self.eval()
+        try:
+            with self.trainer.precision_plugin.val_step_context():
+                self.on_validation_epoch_start()
+                for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders] if loaders else []):
+                    most = loop.max_batches[number]
+                    for place, batch in enumerate(itertools.islice(loader, int(most) if most < math.inf else None)):
+                        moved = self.trainer.strategy.batch_to_device(batch)
+                        self.validation_step(moved, place, number)
+                validated_at = self.validated_at
+                self.on_validation_epoch_end()
+                self.validated_at = validated_at
+            return self._caught
+        finally:
+            self._caught = None
+            self.train(was)
 
     def log_position(self) -> None:
         """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""

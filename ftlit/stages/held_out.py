@@ -53,7 +53,8 @@ class HeldOut:
         each = [torch.ones(len(rows)), rewards.weighted(made.said.scores), apart, found.lengths, made.ended]
         counts = torch.stack([one.double().sum() for one in (*each, *made.said.scores)])
         self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
-        rollouts.keep(name if loop == "val" else loop, made)
+        if not stage.is_quiet:
+            rollouts.keep(name if loop == "val" else loop, made)
 
     def log(self, loop: str) -> None:
         """Logs `reward`, `kl` (nats an answer), `length` (tokens), `ended`, and every reward where there are several.

@@ -88,7 +88,17 @@ def test_the_saved_adapter_is_the_one_that_was_judged(ftlit, fit_args):
 def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stage):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     args = ["fit", "--config", stage, "--config", "trainer/cpu", "--model.policy", tiny_model_folder]
-    args += ["--data.train", pairs, "--data.batch_size", "3", *BUDGET[:-4], "--trainer.max_steps", "4"]
+    args += [
+        "--data.validation",
+        "0.34",
+        "--data.train",
+        pairs,
+        "--data.batch_size",
+        "3",
+        *BUDGET[:-4],
+        "--trainer.max_steps",
+        "4",
+    ]
     if stage == "ppo":
         Path("mine.py").write_text(
             "def short(prompts, completions, **columns): return [-len(c) for c in completions]\n"
@@ -97,5 +107,20 @@ def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stag
         args += ["--model.reward", "mine.short", "--model.max_new_tokens", "5", "--data.train", "prompts.jsonl"]
     assert ftlit(*args, "--run", "r", "--model.lr", "0.01") == 0, ftlit.err
     assert "texts that steered nothing" in ftlit.out
-    assert "of what was learnt" not in ftlit.out  # neither learns the likelihood of rows
-    assert "forgetting/budget/verdict" in json.loads(Path("r/summary.json").read_text())["end"]
+    summary = json.loads(Path("r/summary.json").read_text())
+    start, end = summary["start"], summary["end"]
+    assert "forgetting/budget/verdict" in end
+    # Neither learns the likelihood of rows: what was kept is of the stage's own validation, of which the end is one.
+    assert 0 < end["forgetting/budget/alpha"] < 1
+    key, sign = ("val/reward", 1) if stage == "ppo" else ("val/loss", -1)
+    kept = sign * (end[key] - start[key])
+    gain = end["forgetting/budget/gain"]
+    assert f"of {key}" in ftlit.out
+    assert (gain > 0) == (stage == "dpo")
+    if gain > 0:
+        assert kept == pytest.approx(gain * end["forgetting/budget/kept"], abs=1e-6)
+    if stage == "ppo":
+        answers = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().splitlines()]
+        last = [answer for answer in answers if answer["step"] == 4 and answer["set"] != "train"]
+        assert len(last) == 2  # of 6 prompts
+    assert sum(f"{key} " in line and "step 4" in line for line in ftlit.out.splitlines()) == 1  # said once
