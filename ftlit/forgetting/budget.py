@@ -193,7 +193,7 @@ class ForgettingBudget(ForgettingControl):
         for name, rows in self.domains.items():
             first[name], second[name] = self._documents(stage, rows)
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
-        steering = {name: _some(one, self.steering_documents) for name, one in first.items()}
+        steering = {name: one.first(self.steering_documents) for name, one in first.items()}
         target = self._target_documents(stage)
         self._unit = "nats a token on the target rows" if target is not None else f"of {stage.judged_by}"
         sets = {"steering": steering, "first": first, "second": second}
@@ -232,7 +232,11 @@ class ForgettingBudget(ForgettingControl):
             seed=self.seed,
             quiet=not stage.trainer.is_global_zero,
         )
-        return _halves(both)
+        if both.num_documents < 4:
+            raise ConfigError(
+                f"ForgettingBudget needs at least 4 documents of each domain to judge by, got {both.num_documents}."
+            )
+        return both.halves()
 
     def _target_documents(self, stage: Stage) -> Documents | None:
         """Some of the run's own validation rows, or without any, of its training rows.
@@ -459,31 +463,6 @@ def _allowed(stage: Stage, step: int, last: int) -> float:
         return share
     rate = stage.rate(last)
     return share * (1 + _SETTLES * max(0.0, rate(step) - rate(last - 1)))
-
-
-def _some(documents: Documents, most: int) -> Documents:
-    """The first documents."""
-    owners = documents.owners
-    if owners is None:
-        return Documents([documents.examples[i] for i in range(min(most, len(documents.examples)))])
-    first = list(dict.fromkeys(owners.tolist()))[:most]
-    return _chosen(documents, [i for i, owner in enumerate(owners.tolist()) if owner in set(first)])
-
-
-def _halves(documents: Documents) -> tuple[Documents, Documents]:
-    """Every other document in each."""
-    count = len(documents.examples)
-    owners = list(range(count)) if documents.owners is None else documents.owners.tolist()
-    number = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
-    if len(number) < 4:
-        raise ConfigError(f"ForgettingBudget needs at least 4 documents of each domain to judge by, got {len(number)}.")
-    sides = [[i for i, owner in enumerate(owners) if number[owner] % 2 == side] for side in (0, 1)]
-    return _chosen(documents, sides[0]), _chosen(documents, sides[1])
-
-
-def _chosen(documents: Documents, places: list[int]) -> Documents:
-    owners = None if documents.owners is None else documents.owners[places]
-    return Documents([documents.examples[i] for i in places], owners)
 
 
 __all__ = ["ForgettingBudget"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,25 @@ class Documents(NamedTuple):
         owners = np.arange(len(self.examples)) if self.owners is None else self.owners
         _, numbers = np.unique(owners, return_inverse=True)
         return np.repeat(numbers, measure(self.examples).targets)
+
+    def first(self, most: int) -> Documents:
+        """The first documents.
+
+        Args:
+            most: How many.
+        """
+        return self._of(lambda number: number < most)
+
+    def halves(self) -> tuple[Documents, Documents]:
+        """Every other document in each."""
+        return self._of(lambda number: number % 2 == 0), self._of(lambda number: number % 2 == 1)
+
+    def _of(self, chosen: Callable[[int], bool]) -> Documents:
+        """The documents whose numbers are chosen, in the order in which they appear."""
+        owners = range(len(self.examples)) if self.owners is None else self.owners.tolist()
+        number = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
+        places = [place for place, owner in enumerate(owners) if chosen(number[owner])]
+        return Documents([self.examples[i] for i in places], None if self.owners is None else self.owners[places])
 
     def fingerprint(self) -> str:
         """A hash of every token and of which are scored."""
