@@ -13,6 +13,7 @@ Runs with one seed see the same rows in the same order, so differences between t
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import sys
@@ -175,26 +176,26 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     if "rate" in groups:
         found = sorted([*plain, *groups["rate"]], key=lambda row: row["lr"])
-        yield "C1 forgetting rises with the rate: " + _each(found, "lr")
+        yield "C1 forgetting rises with the rate: " + _each(found, "lr") + _steps(found, "lr")
     if "ratio" in groups:
         found = sorted([*plain, *groups["ratio"]], key=lambda row: row["value"])
-        yield "C3 forgetting falls with the share of replay: " + _each(found, "value")
+        yield "C3 forgetting falls with the share of replay: " + _each(found, "value") + _steps(found, "value")
     if "real" in groups:
         pairs = [(by_name.get(f"ratio-0.1-{row['seed']}"), row) for row in groups["real"]]
         known = [(own, real) for own, real in pairs if own is not None]
         for domain in DOMAINS:
             shares = [
-                f"own text {1 - own[f'{domain}_change'] / _of(plain, own, f'{domain}_change'):.0%}, "
-                f"real rows {1 - real[f'{domain}_change'] / _of(plain, real, f'{domain}_change'):.0%}"
+                f"own text {_removed(plain, own, domain)}, real rows {_removed(plain, real, domain)}"
                 for own, real in known
             ]
-            yield f"C4 share of the forgetting on {domain} that KL replay removes: " + "; ".join(shares)
+            yield f"C4 share of the change on {domain} that KL replay removes: " + "; ".join(shares)
     if "l2" in groups:
         found = sorted([plain[0], *groups["l2"]], key=lambda row: -(row["value"] or math.inf))
-        yield "C6 pull to the start, half-life in steps (0: none): " + _each(found, "value")
+        yield "C6 pull to the start, half-life in steps (0: none): " + _each(found, "value") + _steps(found, "value")
     if "decay" in groups:
-        differences = [row["own_change"] - _of(plain, row, "own_change") for row in groups["decay"]]
-        yield "C6 weight decay 0.1, change of forgetting: " + ", ".join(f"{value:+.4f}" for value in differences)
+        both = [(next(one for one in plain if one["seed"] == row["seed"]), row) for row in groups["decay"]]
+        differences = "; ".join(_difference(before, after) for before, after in both)
+        yield f"C6 weight decay 0.1, change of forgetting: {differences}"
     if "between" in groups:
         yield "C7 back toward the start: " + "; ".join(
             f"alpha {row['value']}: {row['own_change'] / plain[0]['own_change']:.0%} of the forgetting, "
@@ -227,15 +228,40 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def _difference(before: dict[str, Any], after: dict[str, Any], domain: str = "own") -> str:
+    """How much more is lost, with an interval that is too wide: as if the documents of the two were not the same."""
+    one, other = (row[f"{domain}_change"] for row in (before, after))
+    half = math.hypot(*(_half(row, domain) for row in (before, after)))
+    return f"{other - one:+.4f} [{other - one - half:+.4f}, {other - one + half:+.4f}]"
+
+
+def _half(row: dict[str, Any], domain: str) -> float:
+    return (row[f"{domain}_change_high"] - row[f"{domain}_change_low"]) / 2
+
+
+def _steps(rows: Sequence[dict[str, Any]], value: str) -> str:
+    """The differences from each value to the next, seed by seed."""
+    lines = []
+    for seed in SEEDS:
+        own = [row for row in rows if row["seed"] == seed]
+        found = [f"{a[value]:g} to {b[value]:g} {_difference(a, b)}" for a, b in itertools.pairwise(own)]
+        lines += [f"seed {seed}: " + ", ".join(found)] if found else []
+    return ". Differences: " + "; ".join(lines)
+
+
+def _removed(plain: Sequence[dict[str, Any]], row: dict[str, Any], domain: str) -> str:
+    """The share of plain's change that is not there, with its interval by the delta method."""
+    base = next(one for one in plain if one["seed"] == row["seed"])
+    before, after = base[f"{domain}_change"], row[f"{domain}_change"]
+    half = math.hypot(_half(row, domain) / before, after * _half(base, domain) / before**2)
+    share = 1 - after / before
+    return f"{share:.0%} [{share - half:.0%}, {share + half:.0%}]"
+
+
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's: the correlation of the ranks."""
     ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _of(plain: Sequence[dict[str, Any]], row: dict[str, Any], key: str) -> float:
-    """The same of the plain run with the same seed."""
-    return float(next(one[key] for one in plain if one["seed"] == row["seed"]))
 
 
 def _each(rows: Sequence[dict[str, Any]], value: str) -> str:
@@ -248,7 +274,7 @@ def _each(rows: Sequence[dict[str, Any]], value: str) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """All runs on the plane of what was learnt and what was lost."""
+    """All runs on the plane of what was learnt and what was lost, and each claim by itself."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -257,16 +283,87 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     for domain in DOMAINS:
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         axes.axhline(0, color="grey", linewidth=0.8)
-        for group in dict.fromkeys(row["group"] for row in rows):
-            some = sorted((row for row in rows if row["group"] == group), key=lambda row: row["learnt"])
-            changes = [100 * math.expm1(row[f"{domain}_change"]) for row in some]
-            axes.plot([row["learnt"] for row in some], changes, "o-", alpha=0.7, label=group)
+        for number, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+            for seed, mark in zip(SEEDS, "os", strict=True):
+                some = [row for row in rows if row["group"] == group and row["seed"] == seed]
+                some.sort(key=lambda row: row["value"])
+                changes = [100 * math.expm1(row[f"{domain}_change"]) for row in some]
+                label = None if seed else group
+                where = [row["learnt"] for row in some]
+                axes.plot(where, changes, f"{mark}-", color=f"C{number}", alpha=0.7, label=label)
         axes.set_xlabel("learnt: fall of the loss on held-out target rows, nats a token")
         axes.set_ylabel("lost: rise of the perplexity, %")
-        axes.set_title(f"Every run of the study: what it learnt, and what it lost on {DOMAINS[domain]}")
+        axes.set_title(f"Every run: learnt, and lost on {DOMAINS[domain]} (squares: second seed)")
         axes.legend()
         figure.savefig(out / f"plane-{domain}.png", dpi=150)
         plt.close(figure)
+    figure, panels = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+    _draw_claims(rows, panels.flat)
+    figure.savefig(out / "claims.png", dpi=120)
+    plt.close(figure)
+
+
+def _draw_claims(rows: Sequence[dict[str, Any]], panels: Iterator[Any]) -> None:
+    """What is lost of its own text, % more perplexity with its interval, over what each claim varies."""
+    plain = [row for row in rows if row["group"] == "plain"]
+
+    def of(*groups: str) -> list[dict[str, Any]]:
+        return [row for row in rows if row["group"] in groups]
+
+    def curve(axes: Any, some: Sequence[dict[str, Any]], places: Sequence[float], label: str, mark: str = "o-") -> None:
+        middle, low, high = (
+            [100 * math.expm1(row[f"own_change{end}"]) for row in some] for end in ("", "_low", "_high")
+        )
+        errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axes.errorbar(places, middle, yerr=errors, fmt=mark, capsize=3, label=label)
+
+    def over(axes: Any, some: Sequence[dict[str, Any]], key: str, title: str, words: str) -> None:
+        for seed in SEEDS:
+            own = sorted((row for row in some if row["seed"] == seed), key=lambda row: row[key])
+            if own:
+                curve(axes, own, [row[key] for row in own], f"seed {seed}")
+        axes.set(title=title, xlabel=words)
+
+    axes = next(panels)
+    over(axes, [*plain, *of("rate")], "lr", "C1: a larger rate forgets more", "peak learning rate")
+    axes.set_xscale("log")
+    title = "C3: replay, a little is enough"
+    over(next(panels), [*plain, *of("ratio")], "value", title, "replayed share of the trained tokens")
+    axes = next(panels)
+    kinds = {"none": plain, "its own text": [row for row in of("ratio") if row["value"] == 0.1], "rows": of("real")}
+    for seed in SEEDS:
+        some = [row for kind in kinds.values() for row in kind if row["seed"] == seed]
+        curve(axes, some, [place + 0.1 * seed for place in range(len(some))], f"seed {seed}", "o")
+    axes.set_xticks(range(len(kinds)), list(kinds))
+    axes.set(title="C4: what is replayed", xlabel="10 % of the trained tokens")
+    axes = next(panels)
+    pulled = sorted(of("l2"), key=lambda row: -row["value"])
+    curve(axes, [plain[0], *pulled], [plain[0]["learnt"], *(row["learnt"] for row in pulled)], "L2-to-init")
+    replayed = sorted([plain[0], *of("fixed")], key=lambda row: row["learnt"])
+    curve(axes, replayed, [row["learnt"] for row in replayed], "KL replay")
+    curve(axes, of("decay"), [row["learnt"] for row in of("decay")], "weight decay", "s")
+    axes.set(title="C6: the exchange of each control", xlabel="learnt, nats a token")
+    axes = next(panels)
+    between = [*sorted(of("between"), key=lambda row: row["value"]), plain[0]]
+    whole = plain[0]
+    for key, label in (("own_change", "lost"), ("learnt", "learnt")):
+        shares = [0.0, *(100 * row[key] / whole[key] for row in between)]
+        axes.plot([0, *(row["value"] for row in between[:-1]), 1], shares, "o-", label=label)
+    axes.plot([0, 1], [0, 100], color="grey", linewidth=0.8)
+    axes.set(title="C7: part of the way from the start", xlabel="alpha", ylabel="% of plain LoRA's")
+    axes = next(panels)
+    for group, label in (("fixed", "fixed weights"), ("budget", "budgets")):
+        some = sorted([*(plain[:1] if group == "fixed" else []), *of(group)], key=lambda row: row["learnt"])
+        middle, low, high = ([100 * math.expm1(row[f"verdict{end}"]) for row in some] for end in ("", "_low", "_high"))
+        errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axes.errorbar([row["learnt"] for row in some], middle, yerr=errors, fmt="o-", capsize=3, label=label)
+    for row in of("budget"):
+        axes.axhline(100 * row["value"], color="tab:red", linestyle="--", linewidth=0.6)
+    axes.set(title="C10: budgets (dashed) beside fixed weights", xlabel="learnt, nats a token")
+    for panel in axes.figure.axes:
+        panel.grid(alpha=0.3)
+        panel.set_ylabel(panel.get_ylabel() or "rise of perplexity of its own text, %")
+        panel.legend()
 
 
 def main() -> None:
