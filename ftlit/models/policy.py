@@ -64,7 +64,8 @@ class Policy(nn.Module):
             needs: Further scores with their gradients (`entropy`, `mean_logps`), or `states`.
             watch: Further scores without gradients.
             kl: For some sources of rows the temperature of the divergence from the model at the start of the run to the
-                present one; it costs a pass of the start model over their rows.
+                present one; it costs a pass of the start model over their rows. Of rows that a control added for it
+                nothing else is scored: their other scores are 0.
             temperature: All scores but `kl` are those of the distribution `softmax(logits / temperature)`.
 
         Returns:
@@ -75,7 +76,12 @@ class Policy(nn.Module):
         """
         wanted = {source: temperature for source, temperature in (kl or {}).items() if source in batch.sources}
         hidden = self.hidden(batch)
-        scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch, temperature=temperature)
+        scored = _scored(batch, wanted)
+        if scored is None:
+            scores = token_scores(hidden, head_of(self.lm), batch.target_ids, needs, watch, temperature=temperature)
+        else:
+            few = hidden.index_select(0, scored), head_of(self.lm), batch.target_ids[scored]
+            scores = token_scores(*few, needs, watch, temperature=temperature).spread(scored, len(hidden))
         if "states" in needs:
             scores = scores._replace(states=hidden)
         if kl is None:
@@ -122,6 +128,14 @@ class Policy(nn.Module):
         """Whether equal tokens after equal tokens have equal states: no dropout, no inputs of the strategy's own."""
         own = type(self.strategy).prepare is not PEFTStrategy.prepare
         return not own and not (self.draws and self.training) and self.longest is None
+
+
+def _scored(batch: PackedBatch, kl: Mapping[int, float]) -> Tensor | None:
+    """Places of the targets that need more than the divergence, int64 `[n]`; None: all do."""
+    only = [source for source in kl if source]
+    if not only:
+        return None
+    return (~torch.isin(batch.target_sources, torch.tensor(only, device=batch.target_sources.device))).nonzero()[:, 0]
 
 
 def score_packed(

@@ -43,5 +43,19 @@ class TokenScores(NamedTuple):
         values = {name: value[chosen] for name, value in self._asdict().items() if value is not None}
         return TokenScores(**values)
 
+    def spread(self, places: Tensor, count: int) -> TokenScores:
+        """The same scores among more targets, whose own are 0.
+
+        Args:
+            places: Where each goes, int64 `[N]`.
+            count: The number of targets then.
+        """
+        values = {
+            name: value.new_zeros(count, *value.shape[1:]).index_copy(0, places, value)
+            for name, value in self._asdict().items()
+            if value is not None
+        }
+        return TokenScores(**values)
+
 
 __all__ = ["EXTRAS", "TokenScores"]

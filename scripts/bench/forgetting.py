@@ -1,9 +1,9 @@
 """What it costs to measure forgetting and to replay: the same training with and without, in turn.
 
-    python scripts/bench/forgetting.py --model FOLDER --rows FILE [--steps 20] [--pairs 3]
+    python scripts/bench/forgetting.py --model FOLDER --rows FILE [--steps 40] [--pairs 2]
 
-Without: LoRA. With: `ForgettingProbe` (4,096 tokens of the start model's own text, at four places of the run and at the
-end) and KL `Replay` of 10 % of the trained tokens, of the model's own text too. Texts and start scores are made once,
+Without: LoRA. With: `ForgettingProbe` (4,096 tokens of the start model's own text, every 20 steps of about 1,000 tokens
+and at the end) and KL `Replay` of 10 % of the trained tokens, of the model's own text too. Texts and start scores are made once,
 before, and kept, as they are for any further run on the same model. What is compared is all the time from the first
 step to the end of the run; ratios of neighbours, and their median.
 """
@@ -28,18 +28,18 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a transformers folder")
     parser.add_argument("--rows", required=True, help="rows to train on")
     parser.add_argument("--columns", help="their columns, as for data.columns")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--pairs", type=int, default=2, help="runs of each kind")
     parser.add_argument("--precision", default="32-true", help="as for trainer.precision")
     args = parser.parse_args()
     common = (
         *("--config", "sft", "--config", "peft/lora", "--model.policy", args.model, "--data.train", args.rows),
         *(("--data.columns", args.columns) if args.columns else ()),
-        *("--data.max_length", "512", "--data.batch_size", "8", "--data.max_tokens", "1024"),
+        *("--data.max_length", "512", "--data.batch_size", "4", "--data.max_tokens", "1024"),
         *("--trainer.max_steps", str(args.steps), "--trainer.max_epochs", "-1"),
         *("--trainer.precision", args.precision),
     )
-    probe = {"domains": "{own: self}", "max_tokens": 4096, "every_n_steps": max(1, args.steps // 5), "own_rows": 64}
+    probe = {"domains": "{own: self}", "max_tokens": 4096, "every_n_steps": 20, "own_rows": 64}
     more = (
         *callback("ForgettingProbe", probe | {"own_new_tokens": 64, "kl": "false"}),
         *callback("Replay", {"ratio": 0.1, "num_rows": 64, "max_new_tokens": 64}),
