@@ -3,9 +3,9 @@
     python scripts/bench/forgetting.py --model FOLDER --rows FILE [--steps 40] [--pairs 2]
 
 Without: LoRA. With: `ForgettingProbe` (4,096 tokens of the start model's own text, every 20 steps of about 1,000 tokens
-and at the end) and KL `Replay` of 10 % of the trained tokens, of the model's own text too. Texts and start scores are made once,
-before, and kept, as they are for any further run on the same model. What is compared is all the time from the first
-step to the end of the run; ratios of neighbours, and their median.
+and at the end) and KL `Replay` of 10 % of the trained tokens, of the model's own text too. Texts and start scores are
+made once, before, and kept, as they are for any further run on the same model. What is compared is all the time from
+the first step to the end of the run; ratios of neighbours, and their median.
 """
 
 from __future__ import annotations

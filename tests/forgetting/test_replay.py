@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftlit.batch import pack
 from ftlit.data.added import AddedRows
 from ftlit.errors import ConfigError
 from ftlit.forgetting import Replay
+from ftlit.models.policy import Policy
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.testing import tiny_examples, tiny_lm
 from ftlit.testing.control_suite import TinyData
@@ -128,3 +130,27 @@ def test_two_of_a_name_and_settings_out_of_range_are_refused():
     for settings in ({"ratio": 0.0}, {"weight": -1.0}, {"objective": "mse"}, {"num_rows": 0}):
         with pytest.raises(ConfigError, match="Replay"):
             Replay(**settings)
+
+
+@pytest.mark.parametrize("make", [LoRA, Full], ids=lambda m: m.__name__)
+def test_rows_of_a_divergence_are_scored_for_nothing_else(make):
+    """Alone in a micro-batch or between others; the stage's own rows are scored as ever."""
+    lm = tiny_lm(dtype=torch.float64)
+    policy = Policy(lm, make())
+    policy.strategy.remember_start(lm)
+    with torch.no_grad():
+        for parameter in policy.strategy.trained(lm).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
+    batch = pack(tiny_examples((6, 5, 7), seed=3), sources=(0, 1, 0))
+    asked = {"watch": frozenset({"entropy", "choice"})}
+    found, whole = policy(batch, kl={1: 1.0}, **asked), policy(batch, **asked)
+    own = batch.target_sources == 0
+    for name in ("logps", "correct", "entropy", "choice"):
+        ours, theirs = getattr(found, name), getattr(whole, name)
+        torch.testing.assert_close(ours[own], theirs[own], rtol=1e-12, atol=1e-12)
+        assert not ours[~own].any()
+    assert not found.kl[own].any()
+    assert (found.kl[~own] > 0).all()
+    alone = policy(batch.only({1}), kl={1: 1.0})
+    torch.testing.assert_close(alone.kl, found.kl[~own], rtol=1e-10, atol=1e-12)
+    assert not alone.logps.any()
