@@ -17,7 +17,7 @@ from ftlit.metrics.forgetting import task_sequence
 _LEARNT = ("/loss", "/reward")
 WORST = "worst"
 APART = 0.01
-"""From how far the same loss, measured in two runs, is said to differ, nats a token."""
+"""From how far the same loss, measured in two runs, is said to differ, nats a token; of rewards the share."""
 
 
 class Finished(NamedTuple):
@@ -44,7 +44,16 @@ class Finished(NamedTuple):
     @property
     def domains(self) -> list[str]:
         """What was not to be forgotten."""
-        return [name for name in domains_of(self.end) if name != TARGET]
+        known = domains_of(self.end)
+        return [name for name in known if name != TARGET and f"forgetting/{name}/nll" in self.start]
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """How its budget ended, under the last part of each name; empty where it had none."""
+        prefix = next((key.removesuffix("verdict") for key in self.end if key.endswith("/verdict")), None)
+        if prefix is None:
+            return {}
+        return {key.removeprefix(prefix): value for key, value in self.end.items() if key.startswith(prefix)}
 
 
 def read(folders: Sequence[str], labels: Sequence[str] | None = None) -> list[Finished]:
@@ -73,7 +82,7 @@ def read(folders: Sequence[str], labels: Sequence[str] | None = None) -> list[Fi
             )
             name = labels[number] if labels else Path(folder).resolve().name
             found.append(Finished(name, start, end, summary["seconds"]))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{path} is not a summary that ftlit wrote ({error}).") from None
     return found
 
@@ -108,12 +117,12 @@ def side_by_side(runs: Sequence[Finished]) -> list[str]:
     """
     key = learnt_key(runs)
     domains = list(dict.fromkeys(name for run in runs for name in run.domains))
-    budgets = any("forgetting/budget/verdict" in run.end for run in runs)
+    budgets = any(run.budget for run in runs)
     header = ["", "before", "after", *domains, *(["budget"] if budgets else []), "time"]
     rows = [header]
     for run in runs:
         lost = [_percent(run.change(name)) for name in domains]
-        held = [_verdict(run.end)] if budgets else []
+        held = [_verdict(run.budget)] if budgets else []
         numbers = [f"{side[key]:.4f}" for side in (run.start, run.end)]
         rows.append([run.label, *numbers, *lost, *held, f"{run.seconds:.0f} s"])
     what = f"{key}, and the change of perplexity with its 95 % interval on {', '.join(domains)}" if domains else key
@@ -121,13 +130,11 @@ def side_by_side(runs: Sequence[Finished]) -> list[str]:
     return [what, *_aligned(rows), *_unlike(runs, key)]
 
 
-def _verdict(end: dict[str, float]) -> str:
-    name = "forgetting/budget/"
-    if f"{name}verdict" not in end:
+def _verdict(budget: dict[str, float]) -> str:
+    if not budget:
         return "-"
-    met = "met" if end[f"{name}met"] else "NOT met"
-    kept = f", kept {end[f'{name}kept']:.0%}" if f"{name}kept" in end else ""
-    return f"{met}, {math.expm1(end[f'{name}verdict']):+.1%}{kept}"
+    met = "met" if budget["met"] else "NOT met"
+    return f"{met}, {math.expm1(budget['verdict']):+.1%}, alpha {budget['alpha']:.2f}"
 
 
 def _percent(change: tuple[float, float, float]) -> str:
@@ -144,7 +151,7 @@ def _unlike(runs: Sequence[Finished], key: str) -> list[str]:
     for run in runs[1:]:
         for name in (key, *(f"forgetting/{domain}/nll" for domain in run.domains)):
             ours, theirs = first.start.get(name, math.nan), run.start.get(name, math.nan)
-            if abs(ours - theirs) > APART:
+            if abs(ours - theirs) > (APART if name.endswith(("/loss", "/nll")) else APART * abs(ours)):
                 found.append(
                     f"note       {run.label} began with {name} {theirs:.4f}, {first.label} with {ours:.4f}: other "
                     "rows, or another model, and not to be compared."
@@ -183,7 +190,7 @@ def draw(runs: Sequence[Finished], path: str | Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     axes.axhline(0, color="0.4", lw=0.8)
     axes.plot(0, 0, "o", color="black", label="before training")
-    for limit in sorted({run.end["forgetting/budget/limit"] for run in runs if "forgetting/budget/limit" in run.end}):
+    for limit in sorted({run.budget["limit"] for run in runs if "limit" in run.budget}):
         percent = 100 * math.expm1(limit)
         axes.axhline(percent, color="tab:red", ls="--", lw=1, label=f"budget: +{percent:.3g} %")
     sign = 1 if key.endswith("reward") else -1
@@ -199,8 +206,12 @@ def draw(runs: Sequence[Finished], path: str | Path) -> None:
     axes.set_title("What was learnt and what was lost (best: far right, not above 0)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that is no format of pictures
+        raise ConfigError(f"--picture {path}: {error}.") from None
+    finally:
+        plt.close(figure)
 
 
 # ---- one after the other --------------------------------------------------------------------------------------------
@@ -226,10 +237,10 @@ def in_sequence(runs: Sequence[Finished], tasks: Sequence[str]) -> list[str]:
                     if run.domains
                     else f"--tasks: {run.label} had no ForgettingProbe; give each run one with all tasks as domains."
                 )
-    sides = {"before": runs[0].start} | {f"after {run.label}": run.end for run in runs}
-    losses = {label: [side[f"forgetting/{task}/nll"] for task in tasks] for label, side in sides.items()}
-    start, *table = losses.values()
-    rows = [["", *tasks], *([label, *map("{:.4f}".format, row)] for label, row in losses.items())]
+    sides = [("before", runs[0].start), *((f"after {run.label}", run.end) for run in runs)]
+    losses = [(label, [side[f"forgetting/{task}/nll"] for task in tasks]) for label, side in sides]
+    start, *table = [row for _, row in losses]
+    rows = [["", *tasks], *([label, *map("{:.4f}".format, row)] for label, row in losses)]
     found = task_sequence(table, start, lower_is_better=True)
     first = task_sequence(table, start, lower_is_better=True, reference="first")
     lines = ["loss of each task after each run (nats a token)", *_aligned(rows)]

@@ -33,7 +33,7 @@ def run(folder, loss=(2.0, 1.5), more=None, **domains):
 
 @pytest.fixture
 def two(tmp_path):
-    verdict = {"limit": math.log(1.05), "verdict": math.log(1.03), "met": 1.0, "kept": 0.97}
+    verdict = {"limit": math.log(1.05), "verdict": math.log(1.03), "met": 1.0, "alpha": 0.97}
     held = {f"forgetting/budget/{key}": value for key, value in verdict.items()}
     plain = run(tmp_path / "plain", own=(2.5, 2.5 + math.log(1.2)), worst=(2.5, 2.5 + math.log(1.2)))
     budget = run(tmp_path / "budget", (2.0, 1.6), held, own=(2.5, 2.52), worst=(2.5, 2.52))
@@ -46,7 +46,7 @@ def test_runs_side_by_side(two, capsys):
     assert lines[1].split() == ["before", "after", "own", "budget", "time"]
     assert [line.split()[0] for line in lines[2:4]] == ["plain", "budget"]
     assert "+20.0% [+18.8%, +21.2%]" in lines[2]  # 1.2 exp(-0.01), 1.2 exp(0.01)
-    assert "met, +3.0%, kept 97%" in lines[3]
+    assert "met, +3.0%, alpha 0.97" in lines[3]
     assert not any(line.startswith("note") for line in lines)
 
 
@@ -102,8 +102,18 @@ def test_a_run_that_went_on_elsewhere_is_pointed_out(chain):
     assert "third did not begin where first ended: its loss of a differs by +0.6000." in note
 
 
+def test_runs_of_one_name(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    same = [run(tmp_path / name / "seed0", a=(3.0, 2.0), b=(4.0, 3.0)) for name in ("a", "b")]
+    assert main(["compare", *same, "--tasks", "a", "b"]) == 0
+    assert capsys.readouterr().out.count("after seed0") >= 2
+
+
 def test_mistakes_are_one_sentence(two, chain, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    listed = run(tmp_path / "list")
+    (tmp_path / "list" / "summary.json").write_text("[1]")
     for args, said in (
         ([*two, "--labels", "one"], "--labels: 1 for 2 runs"),
         ([str(tmp_path / "nowhere")], "does not exist"),
@@ -111,6 +121,8 @@ def test_mistakes_are_one_sentence(two, chain, tmp_path, capsys):
         ([*chain, "--tasks", "a", "b"], "--tasks: 2 for 3 runs"),
         ([*chain, "--tasks", "a", "b", "d"], "first did not measure 'd': known: a, b, c."),
         ([run(tmp_path / "bare"), "--tasks", "a"], "had no ForgettingProbe"),
+        ([*two, "--picture", str(tmp_path / "x.nothing")], "--picture"),
+        ([listed], "is not a summary that ftlit wrote"),
         ([*chain, "--tasks", "a", "b", "c", "--picture", "x.png"], "leave out --tasks"),
     ):
         assert main(["compare", *args]) == 1, args

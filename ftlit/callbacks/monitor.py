@@ -18,7 +18,5 @@ def watched(trainer: L.Trainer, monitor: str) -> str | None:
         None where nothing is validated; where the default is wanted, what the stage says is best by, of the first set
         if none bears the main name.
     """
-    names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
-    if names is not None and not names:
-        return None
-    return getattr(trainer.lightning_module, "judged_by", monitor) if monitor == DEFAULT else monitor
+    judged_by = getattr(trainer.lightning_module, "judged_by", monitor)
+    return judged_by if monitor == DEFAULT or judged_by is None else monitor

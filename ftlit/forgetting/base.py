@@ -101,7 +101,10 @@ class ForgettingControl(L.Callback):
 
     @property
     def kl(self) -> Mapping[int, float]:
-        """For each source of rows whose divergence from the start `penalty` reads, the temperature."""
+        """For each source of rows whose divergence from the start `penalty` reads, the temperature.
+
+        Of rows that the control added itself nothing but this divergence is then scored.
+        """
         return {}
 
     def penalty(self, stage: Stage, batch: PackedBatch, scores: TokenScores) -> Penalty | None:
@@ -110,7 +113,7 @@ class ForgettingControl(L.Callback):
         Args:
             stage: The stage; `stage.totals` holds the plan of the present step.
             batch: The micro-batch, with the rows of all sources.
-            scores: Scores of all its targets.
+            scores: Scores of all its targets; but 0, without a gradient, for rows that were added for their `kl` alone.
         """
         return None
 

@@ -12,7 +12,6 @@ import lightning as L
 from typing_extensions import override
 
 from ftlit.batch import Example
-from ftlit.data.datamodules import MAIN
 from ftlit.data.store import measure
 from ftlit.errors import ConfigError
 from ftlit.forgetting.again import measure_again
@@ -69,7 +68,7 @@ class ForgettingBudget(ForgettingControl):
         new_tokens: Most tokens of each.
         steering_documents: How many of the first probe's documents steer.
         max_tokens: Most tokens of each probe of a domain of rows.
-        probes: How many times to measure over the run, besides three early ones.
+        probes: How many times to measure over the run, besides early ones.
         integral: Gain of the controller, in a tenth of the run; see `IntegralController`.
         max_weight: Largest factor on the controls' own weights.
         project: Whether to go back toward the start at the end if that is needed.
@@ -195,7 +194,7 @@ class ForgettingBudget(ForgettingControl):
         room = getattr(stage.trainer.datamodule, "max_tokens", None) or 4096
         steering = {name: one.first(self.steering_documents) for name, one in first.items()}
         target = self._target_documents(stage)
-        self._unit = "nats a token on the target rows" if target is not None else f"of {stage.judged_by}"
+        self._unit = "nats a token on the target rows" if target is not None else f"by {stage.judged_by}"
         sets = {"steering": steering, "first": first, "second": second}
         if target is not None:
             sets[_TARGET] = {_TARGET: target}
@@ -246,9 +245,7 @@ class ForgettingBudget(ForgettingControl):
         if not stage.predicts_tokens or stage.loss_unit != _LEARNT:
             return None
         data: Any = stage.trainer.datamodule
-        names = getattr(data, "validation_names", [])
-        name = f"validation:{MAIN if MAIN in names else names[0]}" if names else "train"
-        examples: Sequence[Example] = data.sets[name]
+        examples: Sequence[Example] = data.sets.get(f"validation:{stage.judged_on}", data.sets["train"])
         most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
         return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
 
@@ -338,7 +335,7 @@ class ForgettingBudget(ForgettingControl):
         assert stage.policy is not None
         if self.project and stage.strategy.not_between(stage.policy.lm) is None:
             alpha = self._alpha(trainer, stage)
-        gain = kept = self._gain(trainer, stage) if alpha < 1 or _TARGET in self._meters else None
+        gain = kept = self._gain(trainer, stage)
         if alpha < 1:
             stage.strategy.interpolate(stage.policy.lm, alpha)
             kept = self._gain(trainer, stage)
@@ -364,7 +361,7 @@ class ForgettingBudget(ForgettingControl):
         if _TARGET in self._meters:
             return -self._measured(_TARGET, trainer, stage)[_TARGET].change
         key = stage.judged_by
-        if key is None or key not in stage.start_metrics:
+        if key is None or key not in stage.start_metrics or not trainer.enable_validation:
             return None
         began = time.perf_counter()
         gain = stage.validated()[key] - stage.start_metrics[key]
@@ -390,10 +387,11 @@ class ForgettingBudget(ForgettingControl):
         texts = len(next(iter(self._meters["second"].sets.values())).examples)
         way = f"the weights went {got['alpha']:.0%} of the way from the start"
         if "kept" in got:
-            way += f" and kept {got['kept']:.0%} of what was learnt ({got['gain'] * got['kept']:.3f} of "
-            way += f"{got['gain']:.3f} {self._unit})"
+            way += f" and kept {got['kept']:.0%} of what was learnt by then ({got['gain'] * got['kept']:.3f} of "
+            way += f"{got['gain']:.3f}, {self._unit})"
         elif "gain" in got:
-            way += f", and nothing was learnt (worse than before by {-got['gain']:.3f} {self._unit})"
+            worse = f"worse than before by {-got['gain']:.3f}, {self._unit}" if got["gain"] < 0 else self._unit
+            way += f", and nothing was learnt ({worse})"
         words = [
             f"{self.max_increase:.1%} {'met' if got['met'] else 'NOT met'}: perplexity {percent[0]} "
             f"[{percent[1]}, {percent[2]}] on {texts:,} texts that steered nothing",

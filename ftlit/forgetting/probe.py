@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning as L
 import numpy as np
@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from ftlit.batch import Example
-from ftlit.data.datamodules import MAIN
 from ftlit.data.store import measure
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
@@ -171,7 +170,7 @@ class ForgettingProbe(ForgettingControl):
         data: Any = trainer.datamodule
         self._first = next(one for one in stage.controls if isinstance(one, ForgettingProbe)) is self
         sets = {name: self._documents(stage, data, rows, name) for name, rows in self.domains.items()}
-        if self._first and (target := self._target(data)) is not None:
+        if self._first and (target := self._target(stage, data)) is not None:
             sets[TARGET] = target
         room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
         self._meter = Meter(sets, room, keep_states=self.with_kl, seed=self.seed)
@@ -203,17 +202,10 @@ class ForgettingProbe(ForgettingControl):
         self._words[name] = f"{len(documents.examples):,} of its own texts, {tokens:,} scored tokens"
         return documents
 
-    def _target(self, data: Any) -> Documents | None:
+    def _target(self, stage: Stage, data: Any) -> Documents | None:
         """A few of the run's own validation rows; None without any."""
-        name = self._validation(data)
-        examples = data.sets.get(f"validation:{name}")  # prompts without answers have none
+        examples = data.sets.get(f"validation:{stage.judged_on}")  # prompts without answers have none
         return None if examples is None else _first(examples, self.max_tokens // 4)
-
-    @staticmethod
-    def _validation(data: Any) -> str | None:
-        """Name of the validation set that stands for the target; None where nothing is validated."""
-        names = getattr(data, "validation_names", [])
-        return MAIN if MAIN in names else next(iter(names), None)
 
     @override
     def describe(self) -> str:
@@ -228,8 +220,8 @@ class ForgettingProbe(ForgettingControl):
 
     def measures_before_the_end(self, trainer: L.Trainer) -> bool:
         """Whether it measures while the model still trains."""
-        validates = self.at_validations and self._validation(getattr(trainer, "datamodule", None)) is not None
-        return bool(self.at_steps or self.every_n_steps or validates)
+        validates = cast("Stage", trainer.lightning_module).judged_on is not None and trainer.enable_validation
+        return bool(self.at_steps or self.every_n_steps or (self.at_validations and validates))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from: by definition nothing is forgotten yet."""
@@ -247,7 +239,7 @@ class ForgettingProbe(ForgettingControl):
         After the last step it waits for the end: a budget may still take the weights back.
         """
         step = trainer.global_step
-        validates = self._validation(trainer.datamodule) is not None and pl_module.validates_here()
+        validates = pl_module.judged_on is not None and pl_module.validates_here()
         if self._asked(step) and step < pl_module.planned_steps and not validates:
             self.observe(trainer, pl_module)
 

@@ -13,6 +13,8 @@ EXTRAS = ("entropy", "mean_logps")
 class TokenScores(NamedTuple):
     """What the model says of each target.
 
+    Of rows that a control of forgetting added for their divergence from the start, `kl` alone is known: the rest is 0.
+
     Attributes:
         logps: Log-probability of the target, nats, `[N]`, at least float32; carries the gradient.
         correct: Whether no other token is more likely, bool `[N]`.

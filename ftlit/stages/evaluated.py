@@ -79,7 +79,7 @@ class Evaluated(L.LightningModule):
             self._caught |= values
             return
         if self.trainer.sanity_checking:  # the whole validation before training: where the run starts from
-            if not self.trainer.ckpt_path:  # a run that goes on has that behind it
+            if not self.trainer.ckpt_path and self._is_whole():  # a run that goes on has that behind it
                 self.start_metrics = values
                 for logger in self.trainer.loggers:
                     logger.log_metrics({**values}, step=0)
@@ -92,43 +92,57 @@ class Evaluated(L.LightningModule):
             shown = key == self.best_by[0]
             self.log(key, value, prog_bar=shown, sync_dist=self.trainer.world_size > 1, batch_size=1)
 
+    def _is_whole(self) -> bool:
+        """Whether the validation before training reads all that later ones read; Lightning's default is two batches."""
+        first, all_ = self.trainer.num_sanity_val_batches, self.trainer.num_val_batches
+        return all(one >= other for one, other in zip(first, all_, strict=True))
+
+    @property
+    def judged_on(self) -> str | None:
+        """The validation set that stands for the run: the main one, else the first; None where nothing is validated."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [MAIN])
+        return MAIN if MAIN in names else next(iter(names), None)
+
     @property
     def judged_by(self) -> str | None:
-        """`best_by` in this run: of the first set where none bears the main name; None where nothing is validated."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
-        if names is not None and not names:
-            return None
-        place, _, key = self.best_by[0].rpartition("/")
-        return f"{place}/{names[0]}/{key}" if names and MAIN not in names else f"{place}/{key}"
+        """`best_by` on that set; None where nothing is validated."""
+        name, (place, _, key) = self.judged_on, self.best_by[0].rpartition("/")
+        return None if name is None else f"{place}/{key}" if name == MAIN else f"{place}/{name}/{key}"
 
     @property
     def is_quiet(self) -> bool:
         """Whether a validation is on the way of which nobody is to hear."""
         return self._caught is not None
 
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Logs a metric as Lightning does; nothing in a validation of which nobody is to hear."""
+        if not self.is_quiet:
+            super().log(*args, **kwargs)
+
     @torch.no_grad()
     def validated(self) -> dict[str, float]:
         """What a validation measures now; nothing of it is logged, and no callback hears of it."""
         loop = self.trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()
-        loaders = self.trainer.val_dataloaders
-        self._caught, was = {}, self.training
+        found = self.trainer.val_dataloaders
+        loaders = found if isinstance(found, list) else [found] if found else []
+        modes = [(module, module.training) for module in self.modules()]
+        self._caught, validated_at = {}, self.validated_at
         self.eval()
         try:
-            with self.trainer.precision_plugin.val_step_context():
-                self.on_validation_epoch_start()
-                for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders] if loaders else []):
-                    most = loop.max_batches[number]
-                    for place, batch in enumerate(itertools.islice(loader, int(most) if most < math.inf else None)):
-                        moved = self.trainer.strategy.batch_to_device(batch)
+            self.on_validation_epoch_start()
+            for number, loader in enumerate(loaders):
+                most = loop.max_batches[number]
+                for place, batch in enumerate(itertools.islice(loader, int(most) if most < math.inf else None)):
+                    moved = self.trainer.strategy.batch_to_device(batch)
+                    with self.trainer.precision_plugin.val_step_context():
                         self.validation_step(moved, place, number)
-                validated_at = self.validated_at
-                self.on_validation_epoch_end()
-                self.validated_at = validated_at
+            self.on_validation_epoch_end()
             return self._caught
         finally:
-            self._caught = None
-            self.train(was)
+            self._caught, self.validated_at = None, validated_at
+            for module, mode in modes:
+                module.training = mode
 
     def log_position(self) -> None:
         """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""

@@ -78,18 +78,11 @@ def rollout(args: argparse.Namespace) -> None:
     def with_generate(lm: Any) -> Callable[[bool], list[list[int]]]:
         def run(stops: bool) -> list[list[int]]:
             lm.generation_config.eos_token_id = ends if stops else None
-            options = {
-                "max_new_tokens": args.max_new_tokens,
-                "do_sample": False,
-                "pad_token_id": tokenizer.pad_token_id,
-            }
+            options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
             with torch.no_grad():
-                out = (
-                    lm.eval()
-                    .generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)[:, widest:]
-                    .tolist()
-                )
-            return [row[: row.index(ends)] if stops and ends in row else row for row in out]
+                out = lm.eval().generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
+            rows = out[:, widest:].tolist()
+            return [row[: row.index(ends)] if stops and ends in row else row for row in rows]
 
         return run
 

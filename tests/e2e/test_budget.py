@@ -84,21 +84,14 @@ def test_the_saved_adapter_is_the_one_that_was_judged(ftlit, fit_args):
     assert measured == pytest.approx(shown, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "ppo"])
-def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "budget"), [("dpo", "0.001"), ("ppo", "0.001"), ("dpo", "9")])
+def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stage, budget):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     args = ["fit", "--config", stage, "--config", "trainer/cpu", "--model.policy", tiny_model_folder]
-    args += [
-        "--data.validation",
-        "0.34",
-        "--data.train",
-        pairs,
-        "--data.batch_size",
-        "3",
-        *BUDGET[:-4],
-        "--trainer.max_steps",
-        "4",
-    ]
+    args += ["--data.train", pairs, "--data.validation", "0.34", "--data.batch_size", "3", *BUDGET[:-4]]
+    place = args.index("--trainer.callbacks.max_increase=0.001")
+    args[place] = f"--trainer.callbacks.max_increase={budget}"
+    args += ["--trainer.max_steps", "4"]
     if stage == "ppo":
         Path("mine.py").write_text(
             "def short(prompts, completions, **columns): return [-len(c) for c in completions]\n"
@@ -111,14 +104,15 @@ def test_a_budget_holds_in_other_stages(ftlit, tiny_model_folder, tmp_path, stag
     start, end = summary["start"], summary["end"]
     assert "forgetting/budget/verdict" in end
     # Neither learns the likelihood of rows: what was kept is of the stage's own validation, of which the end is one.
-    assert 0 < end["forgetting/budget/alpha"] < 1
+    assert (0 < end["forgetting/budget/alpha"] < 1) == (budget != "9")
     key, sign = ("val/reward", 1) if stage == "ppo" else ("val/loss", -1)
     kept = sign * (end[key] - start[key])
     gain = end["forgetting/budget/gain"]
-    assert f"of {key}" in ftlit.out
+    assert f"by {key}" in ftlit.out
     assert (gain > 0) == (stage == "dpo")
     if gain > 0:
         assert kept == pytest.approx(gain * end["forgetting/budget/kept"], abs=1e-6)
+        assert f"kept {end['forgetting/budget/kept']:.0%} of what was learnt" in ftlit.out
     if stage == "ppo":
         answers = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().splitlines()]
         last = [answer for answer in answers if answer["step"] == 4 and answer["set"] != "train"]

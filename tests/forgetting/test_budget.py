@@ -186,7 +186,7 @@ def test_nothing_learnt_is_not_all_kept(capsys):
     run(budget, epochs=2)
     assert "kept" not in budget.outcome
     out = capsys.readouterr().out
-    assert "nothing was learnt (worse than before by 0.250 nats a token on the target rows)" in out
+    assert "nothing was learnt (worse than before by 0.250, nats a token on the target rows)" in out
     assert "of what was learnt" not in out
 
 

@@ -46,7 +46,7 @@ class Probe(ForgettingProbe):
     def refuse(self, stage):
         return None  # needs no chat template
 
-    def _target(self, data):
+    def _target(self, stage, data):
         return None
 
     def _documents(self, stage, data, rows, name):

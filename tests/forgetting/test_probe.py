@@ -81,8 +81,7 @@ class Logged(L.Callback):
         self.values = {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def test_two_probes_do_not_mix_their_numbers(monkeypatch):
-    monkeypatch.setattr(Probe, "_validation", staticmethod(lambda data: "main"))
+def test_two_probes_do_not_mix_their_numbers():
     first, second = Probe(every_n_steps=None), Few(domains={"few": "made in code"}, every_n_steps=None, name="large")
     logged = Logged()
     run(LoRA(rank=3), callbacks=[first, second, logged])
