@@ -4,16 +4,31 @@ SFT, with every strategy, is the subject of the conformance suite.
 """
 
 import json
+import math
 
 import lightning as L
 import pytest
 import torch
 
+from ftlit.data.added import AddedRows
 from ftlit.data.classification import ClassificationData
 from ftlit.data.preferences import PreferenceData
 from ftlit.errors import ConfigError
-from ftlit.forgetting import EWC, Interpolate, L2ToInit, SampleWeighting, TargetKL, TokenSelection
+from ftlit.forgetting import (
+    EWC,
+    EarlyStopOnForgetting,
+    ForgettingBudget,
+    ForgettingProbe,
+    Interpolate,
+    L2ToInit,
+    Replay,
+    SampleWeighting,
+    TargetKL,
+    TokenSelection,
+)  # fmt: skip
+from ftlit.forgetting.documents import Documents
 from ftlit.forgetting.pull import add_gradient
+from ftlit.models.policy import Policy
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.stages import Classification, RewardModel
 from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
@@ -33,7 +48,34 @@ class GivenEWC(EWC):
         return tiny_examples(GENERAL, vocabulary=200, seed=7)
 
 
+class GivenReplay(Replay):
+    """Of rows made in code."""
+
+    def added_rows(self, stage):
+        self._added = AddedRows(self.name, tiny_examples(GENERAL, vocabulary=200, seed=7), self.ratio, self.seed)
+        return self._added
+
+
+class GivenProbe(ForgettingProbe):
+    """On documents made in code, which need no chat template."""
+
+    def refuse(self, stage):
+        return None if isinstance(stage.policy, Policy) else super().refuse(stage)
+
+    def _documents(self, stage, data, rows, name):
+        self._words[name] = "made in code"
+        return Documents(tiny_examples(GENERAL * 2, vocabulary=200, seed=9))
+
+
+class GivenBudget(ForgettingBudget):
+    """On documents made in code."""
+
+    def _documents(self, stage, rows):
+        return tuple(Documents(tiny_examples(GENERAL * 2, vocabulary=200, seed=seed)) for seed in (11, 12))
+
+
 CONTROLS = {
+    "Replay": lambda: GivenReplay(ratio=5.0, weight=50.0),
     "Interpolate": lambda: Interpolate(alpha=0.0),
     "L2ToInit": lambda: L2ToInit(half_life=1, weight=20),
     "coupled L2ToInit": lambda: L2ToInit("coupled", strength=10.0),
@@ -48,12 +90,17 @@ STRATEGIES = {
     "PrefixTuning": lambda: PrefixTuning(3),
     "PromptTuning": lambda: PromptTuning(3),
 }
+MEASURED = {
+    "ForgettingProbe": lambda: [GivenProbe(every_n_steps=1)],
+    "EarlyStopOnForgetting": lambda: [GivenProbe(every_n_steps=1), EarlyStopOnForgetting(max_increase=1e-6)],
+    "ForgettingBudget": lambda: [GivenProbe(), GivenReplay(), GivenBudget(1e-6, documents=14, steering_documents=7)],
+}
 OF_WEIGHTS = {"Interpolate", "L2ToInit", "coupled L2ToInit", "EWC"}
 NOT_WITH = {
     "DPO": {"TokenSelection", "SampleWeighting"},
     "PPO": {"TokenSelection", "SampleWeighting", "TargetKL"},
-    "Classification": {"TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
-    "RewardModel": {"TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
+    "Classification": {"Replay", "TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
+    "RewardModel": {"Replay", "TokenSelection", "SampleWeighting", "TargetKL", "EWC"},
 }
 
 
@@ -134,6 +181,36 @@ def test_every_cell_holds_the_model_or_is_refused(name, strategy, tmp_path):
                 ours = [p for n, p in held.policy.lm.named_parameters() if n.startswith("score")]
                 assert trained
                 assert all(torch.equal(mine, other) for mine, other in zip(ours, trained, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("kind", MEASURED)
+def test_every_cell_is_measured_or_refused(kind, name, strategy, tmp_path):
+    callbacks = MEASURED[kind]()
+    if name in ("Classification", "RewardModel"):
+        with pytest.raises(
+            ConfigError, match=r"cannot be used here: .*(without next tokens|no output layer over tokens).*\.$"
+        ):
+            STAGES[name](STRATEGIES[strategy](), callbacks, tmp_path)
+        return
+    stage = STAGES[name](STRATEGIES[strategy](), callbacks, tmp_path)
+    values = callbacks[0].last_values
+    change = values["forgetting/worst/change"]
+    assert change == pytest.approx(values["forgetting/general/change"])
+    virtual = strategy in ("PrefixTuning", "PromptTuning")
+    if kind == "ForgettingProbe":
+        assert change != 0
+    elif kind == "EarlyStopOnForgetting":  # the last state within the limit: the start, if nothing else was
+        assert math.isfinite(change) if virtual else change <= 1e-5
+    else:
+        budget = callbacks[2]
+        if virtual:  # there is nothing between a prefix and none
+            assert budget.outcome["alpha"] == 1
+        else:
+            (first,) = budget._meters["first"].measure(stage.trainer, stage).values()
+            assert first.upper() <= budget.limit + 1e-9
+        assert math.isfinite(budget.outcome["verdict"])
 
 
 def test_a_head_of_its_own_is_not_pulled(tmp_path):
