@@ -202,6 +202,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{row['learnt'] / plain[0]['learnt']:.0%} of what was learnt"
             for row in groups["between"]
         )
+    yield from _further_claims(groups)
     if len(rows) > 2:
         lost = [row["own_change"] for row in rows]
         ranks = {key: _rank_correlation([row[key] for row in rows], lost) for key in ("target/kl", "weights/change")}
@@ -226,6 +227,26 @@ def claims(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{math.expm1(row['verdict_high']):+.2%}], learnt {row['learnt']:.4f}"
             for row in [*plain[:1], *fixed]
         )
+
+
+def _further_claims(groups: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """What the groups beyond the grid can speak of, beside plain LoRA."""
+    plain = groups["plain"]
+    if "full" in groups:
+        yield f"C2 LoRA: {_each(plain, 'lr')}; full fine-tuning: {_each(groups['full'], 'lr')}"
+    for group, claim in (
+        ("foreign", "C5 replay of raw web text, what is lost of general answers"),
+        ("select", "C9 leaving out or weighing less what surprises, what is lost of its own text"),
+        ("ewc", "EWC, what is lost of its own text"),
+    ):
+        domain = "chat" if group == "foreign" else "own"
+        found = [
+            f"{row['name']} {_difference(next(one for one in plain if one['seed'] == row['seed']), row, domain)} against "
+            f"plain, learnt {row['learnt']:.4f}"
+            for row in groups.get(group, [])
+        ]
+        if found:
+            yield f"{claim}: {'; '.join(found)}"
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], domain: str = "own") -> str:
