@@ -240,9 +240,9 @@ def _further_claims(groups: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         ("ewc", "EWC, what is lost of its own text"),
     ):
         domain = "chat" if group == "foreign" else "own"
+        bases = {one["seed"]: one for one in plain}
         found = [
-            f"{row['name']} {_difference(next(one for one in plain if one['seed'] == row['seed']), row, domain)} against "
-            f"plain, learnt {row['learnt']:.4f}"
+            f"{row['name']} {_difference(bases[row['seed']], row, domain)} against plain, learnt {row['learnt']:.4f}"
             for row in groups.get(group, [])
         ]
         if found:

@@ -65,6 +65,15 @@ class Record(L.Callback):
         self.micro.append(len(batch.micro_batches))
 
 
+class Quietly(L.Callback):
+    """Validates after the last step, before Lightning does, and logs nothing."""
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        if trainer.global_step == stage.planned_steps:
+            self.before, self.found = dict(stage.last_metrics), stage.validated()
+            assert stage.last_metrics == self.before
+
+
 def train(
     strategy="auto", *, method="LoRA", family="llama", batch_size=8, accumulate=1, max_tokens=None, world=1,
     float64=False, sgd=True, precision=None, steps=10, plugins=None, gradient_checkpointing=False,
@@ -119,7 +128,7 @@ def train_reward(strategy="auto", *, method="LoRA", batch_size=8, max_tokens=Non
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
     )  # fmt: skip
     stage.tokenizer = tiny_tokenizer()
-    record = Record()
+    record, quietly = Record(), Quietly()
     record.keys = ("loss", "grad_norm", "accuracy", "margin")
     if strategy == "fsdp":
         from ftlit.stages.fsdp import FSDP2
@@ -128,13 +137,14 @@ def train_reward(strategy="auto", *, method="LoRA", batch_size=8, max_tokens=Non
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, max_steps=steps, max_epochs=-1, gradient_clip_val=0.5,
-        callbacks=[record], use_distributed_sampler=False, num_sanity_val_steps=0, precision="32-true",
+        callbacks=[record, quietly], use_distributed_sampler=False, num_sanity_val_steps=0, precision="32-true",
     )  # fmt: skip
     trainer.fit(stage, Comparisons(batch_size=batch_size, max_tokens=max_tokens, seed=3))
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     weights = trainer.strategy.lightning_module_state_dict()
     values = {name: float(value) for name, value in stage.last_metrics.items()}
-    return {"weights": {n: t.clone() for n, t in weights.items() if n in trained}, "steps": record.steps, **values}
+    weights = {n: t.clone() for n, t in weights.items() if n in trained}
+    return {"weights": weights, "steps": record.steps, "quiet": quietly.found, **values}
 
 
 def quiet():

@@ -102,6 +102,7 @@ def test_a_sharded_reward_model_equals_one_rank(tmp_path, monkeypatch):
         assert_alike(result, reference, weights=2e-6, metrics=2e-5, steps=6)
         for name in ("val/loss", "val/accuracy", "val/accuracy_low", "val/margin", "val/calibration_error"):
             assert result[name] == pytest.approx(reference[name], abs=2e-5), name
+            assert result["quiet"][name] == pytest.approx(result[name], abs=1e-6), name  # the same weights
 
 
 def test_every_family_on_two_ranks(tmp_path):
