@@ -67,7 +67,7 @@ def _row(name: str, start: Values, end: Values, unit: str) -> tuple[str, ...]:
         f"{of(start, 'nll'):.4f}",
         f"{of(end, 'nll'):.4f}",
         f"{change:+.4f}",
-        f"{low:+.4f} to {high:+.4f}",
+        "-" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}",  # one document has no interval
         f"x {of(end, 'ppl_ratio'):.3f}",
         f"{of(end, 'agreement'):.1%}",
         "-" if math.isnan(kl) else f"{kl:.4f}",

@@ -44,23 +44,23 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
         | {"own_new_tokens": _OWN["new_tokens"]},
     )
     people = (*common, "--data.train", str(data / PEOPLE))
-    steps = ("--data.max_length", "384", "--trainer.max_steps", "24", "--trainer.max_epochs", "-1")
+    steps = ("--data.max_length", "384", "--trainer.max_steps", "30", "--trainer.max_epochs", "-1")
     pairs = ("--config", "dpo", *people, *steps, "--model.cache_reference", "true")  # one cache for all: one start
-    lora = (*pairs, "--model.lr", "1e-4", *probe)
+    lora = (*pairs, "--model.lr", "5e-4", *probe)
     replay = callback("Replay", {"num_rows": 96, "max_new_tokens": 64})
     held = callback("ForgettingBudget", {"max_increase": BUDGET, "steering_documents": 32, "probes": 8} | _OWN)
     asked = callback("GenerationEval", {"num_rows": 24, "max_new_tokens": 128})
     shorter = (
         *("--config", "dpo", *common, "--data.train", str(_shorter(data / GENERAL, out / "shorter.jsonl"))),
-        *(*steps, "--model.lr", "1e-4", *probe, *asked),
+        *(*steps, "--model.lr", "5e-4", *probe, *asked),
     )
     reward = (
         *("--config", "reward", "--config", "peft/lora", *people, "--trainer.max_epochs", "2"),
-        *("--data.validation", "0.4", "--data.max_length", "512", "--model.lr", "2e-4"),
+        *("--data.validation", "0.4", "--data.max_length", "512", "--model.lr", "5e-4"),
     )
     return {
         "lora": lora,
-        "full": (*pairs, "--config", "peft/full", "--model.lr", "5e-6", *probe),
+        "full": (*pairs, "--config", "peft/full", "--model.lr", "2e-5", *probe),
         "budget": (*lora, *replay, *held),
         "shorter": shorter,
         "reward": reward,
