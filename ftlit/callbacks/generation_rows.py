@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ftlit.data.datamodules import MAIN
-from ftlit.data.formats import Completion, Conversation, Message, Record, Text
+from ftlit.data.formats import Comparison, Completion, Conversation, Message, Record, Text
 from ftlit.data.sources import Source
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError, DataError
@@ -95,8 +95,14 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
 
 
 def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, Any]) -> EvalRow:
-    """One question: a record without its last answer."""
-    reference = None
+    """One question: a record without its last answer; of compared answers the best is the reference."""
+    reference, good = None, True
+    if isinstance(record, Comparison):
+        grades = record.grades
+        best = max(range(len(grades)), key=grades.__getitem__)
+        record, good = record.answers[best], len(grades) > 1 or grades[best] > 0
+        if isinstance(record, Conversation):  # up to the first turn of the answer
+            record = record._replace(messages=record.messages[: record.given + 1])
     if isinstance(record, Completion):
         messages: tuple[Message, ...] = (Message("user", record.prompt),)
         reference = record.completion.strip()
@@ -111,7 +117,7 @@ def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, 
             raise DataError("holds no turn to answer.")
         record = record._replace(messages=messages)
     columns = {key: value for key, value in row.items() if key not in _TAKEN}
-    return EvalRow(number, messages, template.prompt_of(record), reference, columns)
+    return EvalRow(number, messages, template.prompt_of(record), reference if good else None, columns)
 
 
 def _records(data: Any, rows: str | None, test: bool) -> list[tuple[Source, int, Record]]:

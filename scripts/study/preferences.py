@@ -76,7 +76,8 @@ def _shorter(rows: Path, path: Path) -> Path:
         if first is None or len(answer.split()) < 40:
             continue
         prompt = "\n".join(filter(None, [row["instruction"], row["input"]]))
-        found.append({"prompt": prompt, "chosen": first[0], "rejected": answer})
+        turns = {"prompt": ("user", prompt), "chosen": ("assistant", first[0]), "rejected": ("assistant", answer)}
+        found.append({key: [{"role": role, "content": text}] for key, (role, text) in turns.items()})
     path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found), encoding="utf-8")
     return path
 

@@ -7,6 +7,7 @@ import pytest
 
 from ftlit.callbacks.generation_rows import eval_rows
 from ftlit.data.datamodules import SFTData
+from ftlit.data.preferences import PreferenceData
 from ftlit.errors import ConfigError, DataError
 from ftlit.testing import tiny_tokenizer
 from ftlit.testing.tiny import TOOLS_TEMPLATE
@@ -103,3 +104,39 @@ def test_a_call_is_no_text_to_compare_with(data):
     made = data([{"messages": [*turns("2 + 2?"), call], "tools": [TOOL]}], TOOLS_TEMPLATE)
     (row,) = eval_rows(made, made.files[0], False, None, 0).chosen
     assert row.reference is None
+
+
+COMPARED = {
+    "texts": ({"prompt": "The sea is", "chosen": " blue.", "rejected": " red."}, "blue."),
+    "turns": (
+        {
+            "prompt": turns("Hi?"),
+            "chosen": turns("Yes.", first="assistant"),
+            "rejected": turns("No.", first="assistant"),
+        },
+        "Yes.",
+    ),
+    "several turns": (
+        {"chosen": turns("Hi?", "Yes.", "Why?", "So."), "rejected": turns("Hi?", "No.", "Why?", "So.")},
+        "Yes.",
+    ),
+    "ranking": ({"prompt": "The sea is", "answers": [" red.", " blue."], "scores": [1, 2]}, "blue."),
+    "a good one": ({"prompt": turns("Hi?"), "completion": turns("Yes.", first="assistant"), "label": True}, "Yes."),
+    "a bad one": ({"prompt": turns("Hi?"), "completion": turns("No.", first="assistant"), "label": False}, None),
+}
+
+
+@pytest.mark.parametrize("kind", COMPARED)
+def test_the_best_of_compared_answers_is_the_reference(tmp_path, kind):
+    given, reference = COMPARED[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(given) + "\n" for _ in range(4)))
+    made = PreferenceData(train=str(path), validation=0.5, cache=False, max_tokens=None)
+    made.use_tokenizer(tiny_tokenizer())
+    made.load_train()
+    ((row, *_), _, _) = eval_rows(made, None, False, None, 0)
+    assert row.reference == reference
+    prompt = made.template.tokenizer.decode(row.prompt)
+    assert ("The sea is" if isinstance(given.get("prompt"), str) else "Hi?") in prompt
+    for answer in ("Yes", "No", "blue", "red", "Why"):
+        assert answer not in prompt
