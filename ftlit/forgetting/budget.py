@@ -47,10 +47,10 @@ class ForgettingBudget(ForgettingControl):
     While training, a small probe of the first documents is measured every few steps, and an `IntegralController` turns
     the weight of the controls in the loss (of a KL `Replay` of the model's own text, where the run has no control of
     its own). The loss is divided by 1 and the weights, so that they do not change the size of the step. At the end the
-    weights go back toward the start as far as it takes for the upper 95 % bound on all documents of the first probe to
-    meet the budget, and a **second** set of documents, which steers nothing, gives the verdict: met, if its estimate is
-    within the budget. What was kept of the gain on the target is printed beside: a model that learnt nothing has met
-    every budget.
+    weights go back toward the start as far as it takes for the verdict to be within the budget with 95 % confidence, as
+    all documents of the first probe say, and a **second** set of documents, which steers nothing, gives that verdict:
+    met, if its estimate is within the budget. What was kept of the gain on the target is printed beside: a model that
+    learnt nothing has met every budget.
 
     Logged: `forgetting/budget/change` (nats a token, worst domain), `.../limit`, `.../weight`; at the end, and in
     `summary.json`, `.../limit`, `.../alpha`, `.../verdict`, `.../verdict_low`, `.../verdict_high`, `.../met` (1 or 0),
@@ -308,9 +308,24 @@ class ForgettingBudget(ForgettingControl):
                 measure_again(trainer, pl_module)
 
     def _judged(self, name: str, steering: Measured) -> float:
-        """The upper bound that all documents of the first probe would give, by which the end is judged."""
-        share = steering.documents / self._meters["first"].sets[name].num_documents
-        return steering.change + _ONE_SIDED * steering.paired.standard_error * math.sqrt(share)
+        """The bound that all documents of the first probe would give, by which the end is judged."""
+        first, second = self._counts(name)
+        error = steering.paired.standard_error * math.sqrt(steering.documents / first)
+        return steering.change + _ONE_SIDED * error * math.sqrt(1 + first / second)
+
+    def _bound(self, name: str, found: Measured) -> float:
+        """What the estimate of the second probe will not be above, with 95 % confidence.
+
+        Its documents are others, so that it has an error of its own: the distance of the upper bound of the change, as
+        the first probe gives it, grows by the square root of `1 + documents of the first / of the second`.
+        """
+        first, second = self._counts(name)
+        return found.change + (found.upper() - found.change) * math.sqrt(1 + first / second)
+
+    def _counts(self, name: str) -> tuple[int, int]:
+        """Documents of the first and of the second probe."""
+        first, second = (self._meters[key].sets[name].num_documents for key in ("first", "second"))
+        return first, second
 
     def _turn(self, stage: Stage) -> None:
         for control in self.turned(stage):
@@ -369,14 +384,14 @@ class ForgettingBudget(ForgettingControl):
         return gain if stage.best_by[1] == "max" else -gain
 
     def _alpha(self, trainer: L.Trainer, stage: Stage) -> float:
-        """The largest share of the way from the start whose upper bound on the first probe meets the budget."""
+        """The largest share of the way from the start whose verdict will meet the budget, as the first probe says."""
         assert stage.policy is not None
         lm = stage.policy.lm
 
         def lost(share: float) -> float:
             with nullcontext() if share == 1 else stage.strategy.at(lm, share):
                 measured = self._measured("first", trainer, stage)
-            return max(one.upper() for one in measured.values())
+            return max(self._bound(name, one) for name, one in measured.items())
 
         return largest_share(lost, self.limit)
 

@@ -436,11 +436,13 @@ class Stage(Evaluated):
         needs = self.needs.union(*(control.needs for control in controls))
         divergences = {source: t for control in controls for source, t in control.kl.items()}
         scores = self.policy(batch, needs=needs, watch=self.watch, kl=divergences or None, **self.scoring(batch))
-        own_batch, own_scores = batch, scores
-        if any(batch.sources):
+        if not any(batch.sources):
+            result = self.micro_loss(batch, scores)
+        elif 0 in batch.sources:
             own = batch.target_sources == 0
-            own_batch, own_scores = batch.select(own), scores.select(own)
-        result = self.micro_loss(own_batch, own_scores)
+            result = self.micro_loss(batch.select(own), scores.select(own))
+        else:  # nothing but what controls added; on the other ranks, too
+            result = MicroLoss(scores.logps.new_zeros(()), {})
         total = self.total(self.totals)
         loss = result.loss / total
         values = {name: value / total for name, value in result.sums.items()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ftlit.batch import Answers, Example, Pair, pack
+from ftlit.data.added import AddedRows
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
@@ -337,6 +338,34 @@ def test_replay_beside_pairs():
     assert beside.steps[0]["train/loss"] == plain.steps[0]["train/loss"] == math.log(2)
     assert beside.steps[0]["forgetting/replay/tokens"] > 0
     assert beside.steps[0]["train/grad_norm"] != plain.steps[0]["train/grad_norm"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_replay_in_micro_batches_of_its_own(loss):
+    """How a step is cut does not matter; nor whether the reference is cached."""
+    runs = []
+    for plan, cached in (({}, False), ({"max_tokens": 24}, False), ({"max_tokens": 24}, loss == "sigmoid")):
+        callbacks = [GivenReplay(ratio=1.0, weight=2.0)]
+        stage, record, _ = fit(loss=loss, trainer={"callbacks": callbacks}, plan=plan, cache_reference=cached)
+        runs.append((stage, record))
+    (whole, reference), *others = runs
+    for cut, record in others:
+        for ours, theirs in zip(cut.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        for ours, theirs in zip(record.steps, reference.steps, strict=True):
+            for name in ("train/loss", "rewards/margins", "forgetting/replay/loss", "forgetting/replay/tokens"):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-9), name
+
+
+class GivenReplay(Replay):
+    """Of rows made in code: as long as the longest that a micro-batch holds."""
+
+    def __init__(self, **arguments):
+        super().__init__(name="replay", **arguments)
+
+    def added_rows(self, stage):
+        self._added = AddedRows(self.name, tiny_examples((22, 19, 23, 20), seed=7), self.ratio, self.seed)
+        return self._added
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
