@@ -5,7 +5,7 @@
 
 The folder of data holds `dpo_en_demo.json` (answers that people would choose or reject, with real differences) and
 `alpaca_en_demo.json`, of which a preference is made that can be seen at once: the first sentence of an answer is better
-than the whole. One row in five is held out. `run` trains what is not yet done and can be stopped and started at will.
+than the whole; that is taught gently, at five times the rate, and at that rate on a budget. One row in five is held out. `run` trains what is not yet done and can be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from runs import callback, command_line, fit_all, logged, show, summary
 
 PEOPLE, GENERAL = "dpo_en_demo.json", "alpaca_en_demo.json"
 BUDGET = 0.02
+SHORTER = ("shorter", "shorter-hard", "shorter-held")
 _OWN = {"documents": 160, "new_tokens": 64}
 
 
@@ -52,7 +53,7 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
     asked = callback("GenerationEval", {"num_rows": 24, "max_new_tokens": 128})
     shorter = (
         *("--config", "dpo", *common, "--data.train", str(_shorter(data / GENERAL, out / "shorter.jsonl"))),
-        *(*steps, "--model.lr", "5e-4", *probe, *asked),
+        *(*steps, "--model.lr", "1e-4", *probe, *asked),
     )
     reward = (
         *("--config", "reward", "--config", "peft/lora", *people, "--trainer.max_epochs", "2"),
@@ -63,6 +64,8 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
         "full": (*pairs, "--config", "peft/full", "--model.lr", "2e-5", *probe),
         "budget": (*lora, *replay, *held),
         "shorter": shorter,
+        "shorter-hard": (*shorter, "--model.lr", "5e-4"),
+        "shorter-held": (*shorter, "--model.lr", "5e-4", *replay, *held),
         "reward": reward,
     }
 
@@ -87,13 +90,13 @@ def _shorter(rows: Path, path: Path) -> Path:
 
 def findings(out: Path) -> Iterator[str]:
     """What is known of the runs that are done, in lines."""
-    for name in ("lora", "full", "budget", "shorter"):
+    for name in ("lora", "full", "budget", *SHORTER):
         folder = out / name
         if (done := summary(folder)) is not None:
             yield from _of_dpo(name, done, folder)
-    answers = out / "shorter" / "samples.jsonl"
-    if answers.exists():
-        yield from _of_answers(answers)
+    for name in SHORTER:
+        if summary(out / name) is not None:
+            yield from _of_answers(name, out / name / "samples.jsonl")
     if (done := summary(out / "reward")) is not None:
         start, end = done["start"], done["end"]
         yield (
@@ -126,13 +129,13 @@ def _bounded(values: dict[str, float], key: str) -> str:
     return f"{values[key]:.3f} [{values[f'{key}_low']:.3f}, {values[f'{key}_high']:.3f}]"
 
 
-def _of_answers(path: Path) -> Iterator[str]:
+def _of_answers(name: str, path: Path) -> Iterator[str]:
     """Lengths, and three answers, before and after."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     sides = [{row["row"]: row for row in rows if row["step"] == step} for step in (first, last)]
     words = [statistics.mean(len(row["answer"].split()) for row in side.values()) for side in sides]
-    yield f"shorter: {words[0]:.0f} words an answer before, {words[1]:.0f} after, {len(sides[0])} held-out questions"
+    yield f"{name}: {words[0]:.0f} words an answer before, {words[1]:.0f} after, {len(sides[0])} held-out questions"
     for number in list(sides[0])[:3]:
         prompt = sides[0][number]["prompt"]
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -168,7 +171,9 @@ def draw(out: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    args = command_line(__doc__, "runs/preferences", "runs: lora, full, budget, shorter, reward; all when left out")
+    args = command_line(
+        __doc__, "runs/preferences", f"runs: lora, full, budget, {', '.join(SHORTER)}, reward; all when left out"
+    )
     if args.mode == "run":
         runs = grid(args.model, args.data.resolve(), args.out)
         fit_all({name: runs[name] for name in args.only or runs}, args.out, args.jobs)
