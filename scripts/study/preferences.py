@@ -5,7 +5,8 @@
 
 The folder of data holds `dpo_en_demo.json` (answers that people would choose or reject, with real differences) and
 `alpaca_en_demo.json`, of which a preference is made that can be seen at once: the first sentence of an answer is better
-than the whole; that is taught gently, at five times the rate, and at that rate on a budget. One row in five is held out. `run` trains what is not yet done and can be stopped and started at will.
+than the whole; that is taught gently, at five times the rate, and at that rate on a budget. One row in five is held
+out. `run` trains what is not yet done and can be stopped and started at will.
 """
 
 from __future__ import annotations
