@@ -308,10 +308,13 @@ class ForgettingBudget(ForgettingControl):
                 measure_again(trainer, pl_module)
 
     def _judged(self, name: str, steering: Measured) -> float:
-        """The bound that all documents of the first probe would give, by which the end is judged."""
-        first, second = self._counts(name)
-        error = steering.paired.standard_error * math.sqrt(steering.documents / first)
-        return steering.change + _ONE_SIDED * error * math.sqrt(1 + first / second)
+        """The upper bound of the change that all documents of the first probe would give.
+
+        The end is judged by a bound that allows for the second probe, too. What lies between the two is cheaper to give
+        up by going back a little than by a larger weight all along.
+        """
+        share = steering.documents / self._meters["first"].sets[name].num_documents
+        return steering.change + _ONE_SIDED * steering.paired.standard_error * math.sqrt(share)
 
     def _bound(self, name: str, found: Measured) -> float:
         """What the estimate of the second probe will not be above, with 95 % confidence.
@@ -319,13 +322,8 @@ class ForgettingBudget(ForgettingControl):
         Its documents are others, so that it has an error of its own: the distance of the upper bound of the change, as
         the first probe gives it, grows by the square root of `1 + documents of the first / of the second`.
         """
-        first, second = self._counts(name)
-        return found.change + (found.upper() - found.change) * math.sqrt(1 + first / second)
-
-    def _counts(self, name: str) -> tuple[int, int]:
-        """Documents of the first and of the second probe."""
         first, second = (self._meters[key].sets[name].num_documents for key in ("first", "second"))
-        return first, second
+        return found.change + (found.upper() - found.change) * math.sqrt(1 + first / second)
 
     def _turn(self, stage: Stage) -> None:
         for control in self.turned(stage):
