@@ -126,7 +126,8 @@ def side_by_side(runs: Sequence[Finished]) -> list[str]:
         numbers = [f"{side[key]:.4f}" for side in (run.start, run.end)]
         rows.append([run.label, *numbers, *lost, *held, f"{run.seconds:.0f} s"])
     what = f"{key}, and the change of perplexity with its 95 % interval on {', '.join(domains)}" if domains else key
-    what += "; of a budget on texts that steered nothing" if budgets else ""
+    if budgets:
+        what += "; of a budget on texts that steered nothing, how far the weights went, and what that kept of the gain"
     return [what, *_aligned(rows), *_unlike(runs, key)]
 
 
@@ -134,7 +135,8 @@ def _verdict(budget: dict[str, float]) -> str:
     if not budget:
         return "-"
     met = "met" if budget["met"] else "NOT met"
-    return f"{met}, {math.expm1(budget['verdict']):+.1%}, alpha {budget['alpha']:.2f}"
+    kept = f", kept {budget['kept']:.0%}" if "kept" in budget else ", nothing learnt" if "gain" in budget else ""
+    return f"{met}, {math.expm1(budget['verdict']):+.1%}, alpha {budget['alpha']:.2f}{kept}"
 
 
 def _percent(change: tuple[float, float, float]) -> str:

@@ -33,7 +33,7 @@ def run(folder, loss=(2.0, 1.5), more=None, **domains):
 
 @pytest.fixture
 def two(tmp_path):
-    verdict = {"limit": math.log(1.05), "verdict": math.log(1.03), "met": 1.0, "alpha": 0.97}
+    verdict = {"limit": math.log(1.05), "verdict": math.log(1.03), "met": 1.0, "alpha": 0.94, "kept": 0.97}
     held = {f"forgetting/budget/{key}": value for key, value in verdict.items()}
     plain = run(tmp_path / "plain", own=(2.5, 2.5 + math.log(1.2)), worst=(2.5, 2.5 + math.log(1.2)))
     budget = run(tmp_path / "budget", (2.0, 1.6), held, own=(2.5, 2.52), worst=(2.5, 2.52))
@@ -46,7 +46,7 @@ def test_runs_side_by_side(two, capsys):
     assert lines[1].split() == ["before", "after", "own", "budget", "time"]
     assert [line.split()[0] for line in lines[2:4]] == ["plain", "budget"]
     assert "+20.0% [+18.8%, +21.2%]" in lines[2]  # 1.2 exp(-0.01), 1.2 exp(0.01)
-    assert "met, +3.0%, alpha 0.97" in lines[3]
+    assert "met, +3.0%, alpha 0.94, kept 97%" in lines[3]
     assert not any(line.startswith("note") for line in lines)
 
 

@@ -245,7 +245,8 @@ class ForgettingBudget(ForgettingControl):
         if not stage.predicts_tokens or stage.loss_unit != _LEARNT:
             return None
         data: Any = stage.trainer.datamodule
-        examples: Sequence[Example] = data.sets.get(f"validation:{stage.judged_on}", data.sets["train"])
+        name = f"validation:{stage.judged_on}"
+        examples: Sequence[Example] = data.sets[name if name in data.sets else "train"]
         most = int((measure(examples).lengths.cumsum() <= self.max_tokens // 4).sum())
         return Documents([examples[i] for i in range(min(max(2, most), len(examples)))])
 

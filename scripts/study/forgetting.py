@@ -244,6 +244,7 @@ def _further_claims(groups: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         found = [
             f"{row['name']} {_difference(bases[row['seed']], row, domain)} against plain, learnt {row['learnt']:.4f}"
             for row in groups.get(group, [])
+            if row["seed"] in bases
         ]
         if found:
             yield f"{claim}: {'; '.join(found)}"

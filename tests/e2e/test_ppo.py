@@ -165,15 +165,23 @@ def test_two_ranks_equal_one(arguments, tmp_path, tiny_model_folder):
     """Three prompts a rank and rollout less the one that is missing, answers of every length, fillers: float64."""
     common = ["--trainer.precision", "64-true", "--model.num_minibatches", "3", "--data.max_tokens", "60"]
     runs = {}
-    for config in ("ppo", "grpo"):
-        own = ["--model.value_model", tiny_model_folder] if config == "ppo" else []
+    turns = [[{"role": "user", "content": "Go"}, {"role": "assistant", "content": "on " * n}] for n in (3, 5)]
+    general = [{"messages": some} for some in turns]
+    (tmp_path / "general.jsonl").write_text("\n".join(map(json.dumps, general)))
+    replay = ["--trainer.callbacks+=Replay", "--trainer.callbacks.rows=general.jsonl", "--trainer.callbacks.ratio=1.0"]
+    for name, config, own in (
+        ("ppo", "ppo", ["--model.value_model", tiny_model_folder]),
+        ("grpo", "grpo", []),
+        ("replay", "ppo", replay),  # in micro-batches of their own, which the values have no part in
+    ):
         args = arguments(config, *common, *own)
-        one = start([*args, "--run", f"{config}-one"], tmp_path)
+        one = start([*args, "--run", f"{name}-one"], tmp_path)
         assert one.returncode == 0, one.stderr[-2000:]
-        two = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--run", f"{config}-two"]
+        two = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--run", f"{name}-two"]
         done = start([*args, *two], tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        runs[config] = [tmp_path / f"{config}-{name}" for name in ("one", "two")]
+        runs[name] = [tmp_path / f"{name}-{ranks}" for ranks in ("one", "two")]
+    assert "forgetting/replay/loss" in metrics(runs["replay"][0])[-1]
     for first, second in runs.values():
         ours, theirs = saved(first), saved(second)
         assert len(theirs["ppo"]["rollouts"]) == 2

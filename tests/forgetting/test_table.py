@@ -208,8 +208,8 @@ def test_every_cell_is_measured_or_refused(kind, name, strategy, tmp_path):
         if virtual:  # there is nothing between a prefix and none
             assert budget.outcome["alpha"] == 1
         else:
-            (first,) = budget._meters["first"].measure(stage.trainer, stage).values()
-            assert first.upper() <= budget.limit + 1e-9
+            ((name_of, first),) = budget._meters["first"].measure(stage.trainer, stage).items()
+            assert budget._bound(name_of, first) <= budget.limit + 1e-9
         assert math.isfinite(budget.outcome["verdict"])
 
 

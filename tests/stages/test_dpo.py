@@ -345,8 +345,10 @@ def test_replay_in_micro_batches_of_its_own(loss):
     """How a step is cut does not matter; nor whether the reference is cached."""
     runs = []
     for plan, cached in (({}, False), ({"max_tokens": 24}, False), ({"max_tokens": 24}, loss == "sigmoid")):
-        callbacks = [GivenReplay(ratio=1.0, weight=2.0)]
+        alone = Alone()
+        callbacks = [GivenReplay(ratio=1.0, weight=2.0), alone]
         stage, record, _ = fit(loss=loss, trainer={"callbacks": callbacks}, plan=plan, cache_reference=cached)
+        assert alone.seen == bool(plan)
         runs.append((stage, record))
     (whole, reference), *others = runs
     for cut, record in others:
@@ -355,6 +357,15 @@ def test_replay_in_micro_batches_of_its_own(loss):
         for ours, theirs in zip(record.steps, reference.steps, strict=True):
             for name in ("train/loss", "rewards/margins", "forgetting/replay/loss", "forgetting/replay/tokens"):
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-9), name
+
+
+class Alone(L.Callback):
+    """Whether a micro-batch had nothing but added rows."""
+
+    seen = False
+
+    def on_train_batch_start(self, trainer, stage, batch, batch_idx):
+        self.seen |= any(0 not in micro.sources for micro in batch.micro_batches)
 
 
 class GivenReplay(Replay):
