@@ -441,7 +441,7 @@ class Stage(Evaluated):
         elif 0 in batch.sources:
             own = batch.target_sources == 0
             result = self.micro_loss(batch.select(own), scores.select(own))
-        else:  # nothing but what controls added, on the other ranks too; DDP wants every weight in the last loss of a step
+        else:  # nothing but what controls added, on all ranks; DDP wants every weight in the last loss of a step
             others = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("policy.")]
             result = MicroLoss(sum((0.0 * p.sum() for p in others), scores.logps.new_zeros(())), {})
         total = self.total(self.totals)
