@@ -82,7 +82,7 @@ def test_light_verbs_do_not_import_torch():
     script = (
         "import sys; from ftlit.__main__ import main\n"
         "for args in (['--help'], ['--version'], ['configs'], ['nonsense'], ['export']): main(args)\n"
-        "for verb in ('generate', 'chat', 'export'):\n"
+        "for verb in ('generate', 'chat', 'export', 'compare'):\n"
         "    try: main([verb, '--help'])\n"
         "    except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules, 'heavy imports'"

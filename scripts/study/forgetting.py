@@ -332,10 +332,11 @@ def _draw_claims(rows: Sequence[dict[str, Any]], panels: Iterator[Any]) -> None:
     def of(*groups: str) -> list[dict[str, Any]]:
         return [row for row in rows if row["group"] in groups]
 
-    def curve(axes: Any, some: Sequence[dict[str, Any]], places: Sequence[float], label: str, mark: str = "o-") -> None:
-        middle, low, high = (
-            [100 * math.expm1(row[f"own_change{end}"]) for row in some] for end in ("", "_low", "_high")
-        )
+    def curve(
+        axes: Any, some: Sequence[dict[str, Any]], places: Sequence[float], label: str, mark: str = "o-",
+        key: str = "own_change",
+    ) -> None:  # fmt: skip
+        middle, low, high = ([100 * math.expm1(row[f"{key}{end}"]) for row in some] for end in ("", "_low", "_high"))
         errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         axes.errorbar(places, middle, yerr=errors, fmt=mark, capsize=3, label=label)
 
@@ -376,9 +377,7 @@ def _draw_claims(rows: Sequence[dict[str, Any]], panels: Iterator[Any]) -> None:
     axes = next(panels)
     for group, label in (("fixed", "fixed weights"), ("budget", "budgets")):
         some = sorted([*(plain[:1] if group == "fixed" else []), *of(group)], key=lambda row: row["learnt"])
-        middle, low, high = ([100 * math.expm1(row[f"verdict{end}"]) for row in some] for end in ("", "_low", "_high"))
-        errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
-        axes.errorbar([row["learnt"] for row in some], middle, yerr=errors, fmt="o-", capsize=3, label=label)
+        curve(axes, some, [row["learnt"] for row in some], label, key="verdict")
     for row in of("budget"):
         axes.axhline(100 * row["value"], color="tab:red", linestyle="--", linewidth=0.6)
     axes.set(title="C10: budgets (dashed) beside fixed weights", xlabel="learnt, nats a token")
