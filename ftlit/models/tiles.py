@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ftlit.batch import Segments
 
-# Queries of a tile, at most; the scores of all heads should stay in the cache.
-TILE = 64
+# Queries of a tile, at most: large enough to keep a matrix product busy, small enough for the scores to stay in a cache.
+TILE = 128
 
 
 class _Tile(NamedTuple):
@@ -26,7 +26,7 @@ class _Tile(NamedTuple):
     Attributes:
         start: First query.
         stop: One after the last query.
-        keys: Stretches of keys, one after another.
+        keys: Stretches of keys, one after another; neighbours are one.
         bias: Added to the scores with the last keys, 0 or minus infinity, `[queries, some]`; all see the other keys.
     """
 
@@ -123,7 +123,7 @@ def _shared(
     allowed = (owner[:, None] == owner[None]).tril()
     start = segments.offsets[first]
     stop = start + len(owner)
-    return _Tile(start, stop, (*before, (prefix + start, prefix + stop)), _bias(allowed, dtype))
+    return _Tile(start, stop, _joined([*before, (prefix + start, prefix + stop)]), _bias(allowed, dtype))
 
 
 def _one(
@@ -145,8 +145,18 @@ def _one(
         own = torch.arange(first, last)[:, None]
         seen = torch.arange(begin - earlier, last)[None]
         allowed = (seen <= own) & (seen > own - window)
-    keys = (*before, (prefix + offset + begin, prefix + offset + last))
+    keys = _joined([*before, (prefix + offset + begin, prefix + offset + last)])
     return _Tile(offset + first, offset + last, keys, _bias(allowed, dtype))
+
+
+def _joined(stretches: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same keys in as few stretches as can be: one is read without a copy."""
+    found: list[tuple[int, int]] = []
+    for start, stop in stretches:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return tuple(found)
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:

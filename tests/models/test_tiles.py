@@ -84,5 +84,13 @@ def test_work_is_linear_in_short_examples_and_never_past_the_diagonal(lengths):
 
 
 def test_short_neighbours_share_a_tile():
-    assert len(_plan(Segments([10] * 12), 0, None, torch.float32)) == 2
-    assert len(_plan(Segments([20] + [10] * 6, [-1] + [0] * 6), 0, None, torch.float32)) == 2
+    short = TILE // 6
+    assert len(_plan(Segments([short] * 12), 0, None, torch.float32)) == 2
+    assert len(_plan(Segments([20] + [short] * 6, [-1] + [0] * 6), 0, None, torch.float32)) == 2
+
+
+def test_keys_that_lie_side_by_side_are_read_without_a_copy():
+    """The first answer follows its prompt; the second does not, and a prefix lies before all."""
+    segments = Segments([20, TILE + 10, TILE + 10], [-1, 0, 0])
+    assert [len(tile.keys) for tile in _plan(segments, 0, None, torch.float32)] == [1, 1, 1, 2, 2]
+    assert [len(tile.keys) for tile in _plan(segments, 3, None, torch.float32)] == [1, 1, 1, 2, 2]
