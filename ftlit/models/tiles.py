@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftlit.batch import Segments
 
-# Queries of a tile, at most: large enough to keep a matrix product busy, small enough for the scores to stay in a cache.
+# Queries of a tile, at most: enough to keep a matrix product busy, few enough for the scores to stay in a cache.
 TILE = 128
 
 
