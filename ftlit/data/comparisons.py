@@ -132,7 +132,7 @@ class Comparisons(Stored):
             digest.update(np.ascontiguousarray(example.weights).tobytes())
             digest.update(repr(example.answers).encode())
 
-    def fit(self, length: int, truncate: Truncate) -> tuple[Comparisons, Lost]:
+    def fit(self, length: int, truncate: Truncate, opening: Sequence[int] = ()) -> tuple[Comparisons, Lost]:
         """Leaves out what cannot be compared, and fits the prompt and each answer together into `length` tokens.
 
         Args:
@@ -140,18 +140,28 @@ class Comparisons(Stored):
             truncate: `start`: the prompt keeps its end, so much of it as the longest answer leaves room for, but at
                 least a quarter of `length`; answers that are still too long lose their ends. `end`: prompt and answer
                 lose what is beyond `length`. `drop`: longer comparisons go.
+            opening: Tokens that every text of the tokenizer begins with; prompts that lose their start keep them.
 
         Returns:
             The comparisons that are left, and what happened to the others.
         """
         pieces = self.pieces
         starts, stops = pieces.starts.copy(), pieces.stops.copy()
+        ids = pieces.ids
         lost = dict.fromkeys(Lost._fields, 0)
         kept: list[int] = []
         for first, end in zip(self.firsts.tolist(), self.ends.tolist(), strict=True):
             reason, answers = self._comparable(range(first + 1, end), starts, stops)
+            begin, head = int(starts[first]), len(opening)
             if not reason:
                 reason, changes = _cut(first, answers, starts, stops, length, truncate)
+            if (
+                head
+                and begin < starts[first] <= stops[first] - head
+                and list(ids[begin : begin + head]) == list(opening)
+            ):
+                ids = ids.copy() if ids is pieces.ids else ids
+                ids[starts[first] : starts[first] + head] = opening
             if not reason and (changes["prompts_cut"] or changes["answers_cut"]):
                 gone, left = self._comparable(answers, starts, stops)
                 reason = "cut_away" if gone or left != answers or not self._trained(left, starts, stops) else ""
@@ -163,7 +173,7 @@ class Comparisons(Stored):
             lost["answers_dropped"] += end - first - 1 - len(answers)
             kept += [first, *answers]
         chosen = np.array(kept, np.int64)
-        fitted = Examples(pieces.ids, pieces.weights, starts, stops, pieces.rows, pieces.windowed, pieces.values)
+        fitted = Examples(ids, pieces.weights, starts, stops, pieces.rows, pieces.windowed, pieces.values)
         return Comparisons(fitted.take(chosen), self.rankings), Lost(**lost)
 
     def _comparable(self, answers: Sequence[int], starts: np.ndarray, stops: np.ndarray) -> tuple[str, list[int]]:

@@ -13,6 +13,7 @@ from ftlit.batch import Example, Pair
 from ftlit.data.comparisons import Comparisons, Lost, Rankings
 from ftlit.data.datamodules import SFTData, shortened
 from ftlit.data.formats import RowFormat, detect_preference
+from ftlit.data.plain import opening_tokens
 from ftlit.data.statistics import LONG, Statistics
 from ftlit.data.store import Stored, Truncate
 from ftlit.data.templating import mark
@@ -83,7 +84,9 @@ class PreferenceData(SFTData):
         if not one.compares and not one.refused:
             raise DataError(f"{one.source.name} holds no answers to be compared; train on it with SFT and SFTData.")
         pieces = one.examples.take(taken[one.examples.rows])
-        comparisons, lost = Comparisons(pieces, self.rankings).fit(self.max_length, self.truncate)
+        comparisons, lost = Comparisons(pieces, self.rankings).fit(
+            self.max_length, self.truncate, opening_tokens(self.template.tokenizer)
+        )
         for name, count in zip(Lost._fields, lost, strict=True):
             if name in _DROPS:
                 counts.drop(_DROPS[name], count)

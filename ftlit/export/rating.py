@@ -46,10 +46,11 @@ def contents_of(name: str) -> list[Rated]:
         if isinstance(record, LabelledRow):
             record = record.content
         answers = record.answers if isinstance(record, Comparison) else (record,)
-        for number, answer in enumerate(answers):
+        places = (getattr(record, "places", ()) or range(len(answers))) if len(answers) > 1 else (0,)
+        for number, answer in sorted(zip(places, answers, strict=True), key=lambda one: one[0]):
             place = {"answer": number + 1} if len(answers) > 1 else {}
-            if isinstance(answer, Conversation) and not answer.messages:
-                raise DataError(f"{source.where(row)}: an answer has no turn to score.")
+            if isinstance(answer, Conversation) and len(answer.messages) <= answer.given:
+                raise DataError(f"{source.where(row)}: an answer is empty, there is nothing to score.")
             found.append(Rated(row, answer, {**_shown(answer), **place}))
     return found
 

@@ -30,7 +30,8 @@ def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
     Of every frozen tensor the sum of its bits and 1,024 entries spread over it are hashed: a change of any one entry
     shows, and a model of seven billion weights takes a second. The config counts too: other positions or norms make
     another model of the same weights. Trained parameters of an adapter do not count, because
-    the model at the start does without them.
+    the model at the start does without them;
+    where it goes on from another adapter, the factor on that one's product does.
 
     Args:
         lm: The model.
@@ -43,6 +44,7 @@ def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
     settings = {key: value for key, value in lm.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.blake2b(type(lm).__name__.encode(), digest_size=16)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(strategy.start_settings(lm).encode())
     with strategy.start(lm):
         for name, parameter in sorted(lm.named_parameters()):
             if name in added and parameter.requires_grad:

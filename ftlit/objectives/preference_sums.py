@@ -112,7 +112,7 @@ class LengthDesensitized(_Made):
         alpha: What the tail counts; 1 changes nothing.
 
     Raises:
-        ConfigError: If alpha is not in [0, 1].
+        ConfigError: If alpha is not in [0, 1], or the loss weighs pairs as WPO does.
     """
 
     def __init__(self, loss: PreferenceLoss | str = "sigmoid", alpha: float = 0.5) -> None:
@@ -120,6 +120,10 @@ class LengthDesensitized(_Made):
             raise ConfigError(f"LengthDesensitized's alpha must be in [0, 1], got {alpha}.")
         self.alpha = alpha
         super().__init__([loss_of(loss)])
+        if "log_sum_sq" in self.watch:
+            raise ConfigError(
+                "WPO weighs pairs by log-probabilities as they are: make it WPO(LengthDesensitized(...))."
+            )
         self.unpaired = False
 
     def __call__(self, scores: PreferenceScores) -> Tensor:

@@ -233,6 +233,10 @@ class PEFTStrategy(ABC):
     def start(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Context in which the model is exactly as it was when this run started."""
 
+    def start_settings(self, model: PreTrainedModel) -> str:
+        """What the model at its start depends on besides its tensors and its config."""
+        return ""
+
     def not_between(self, model: PreTrainedModel) -> str | None:
         """Why the model cannot stand between its start and its present state, in one sentence; None where it can."""
         return f"{type(self).__name__} has no way back to the start of which a part could be gone."

@@ -279,6 +279,10 @@ class LoRA(PEFTStrategy):
                 layer.enabled = enabled
 
     @override
+    def start_settings(self, model: PreTrainedModel) -> str:
+        return repr([(name, layer.scale) for name, layer in self._adapters(model).items() if layer.goes_on])
+
+    @override
     def not_between(self, model: PreTrainedModel) -> str | None:
         if not any(layer.goes_on for layer in self._adapters(model).values()):
             return None

@@ -21,8 +21,9 @@ from ftlit.stages.reference import StoredScores, start_logps, stored_scores
 from ftlit.stages.validation import ValidatedStage
 
 _OF_SIDES = ("rewards", "logps", "lengths")
+_OF_PAIRS = ("rewards/margins", "rewards/accuracies", "logps/accuracies")
 SUMS = (
-    *("weight", "chosen", "rejected", "both", "loss", "rewards/margins", "rewards/accuracies"),
+    *("weight", "chosen", "rejected", "both", "loss", *_OF_PAIRS),
     *(f"{name}/{side}" for name in _OF_SIDES for side in ("chosen", "rejected")),
 )
 
@@ -51,6 +52,7 @@ class DPO(ValidatedStage):
     Logged as means over the pairs by weight, in validation with `val/` before it: `train/loss`; `rewards/chosen`,
     `rewards/rejected` (`beta` times the log-ratio; see the loss), `rewards/margins`, `rewards/accuracies` (share of
     pairs whose better answer has the strictly higher reward), `logps/chosen`, `logps/rejected` (nats an answer),
+    `logps/accuracies` (share of pairs whose better answer is the likelier one, whatever the reference says of them),
     `lengths/chosen`, `lengths/rejected` (trained tokens an answer); and `train/kl` where the loss has a reference
     point. In validation also the ends of 95 % intervals over the rows, `val/rewards/margins_low` and so on.
 
@@ -103,6 +105,7 @@ class DPO(ValidatedStage):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._stored = {}  # of the rows of an earlier run
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.couples and getattr(data, "batch_size", 2) < 2:
             raise ConfigError(
@@ -170,15 +173,18 @@ class DPO(ValidatedStage):
     def _reference_point(self, batch: PackedBatch) -> Tensor:
         """How far the policy has moved on answers to other prompts: the mean of the log-ratios, at least 0, nats."""
         assert self.policy is not None
-        other, prompts = neighbours(batch)
+        data: Any = self.trainer.datamodule
+        other = neighbours(batch, data.max_length)
         was = self.policy.training
         self.policy.eval()
         try:
             ratios = self.policy(other).logps.double() - start_logps(self.policy, other)
         finally:
             self.policy.train(was)
-        mean = (ratios * other.target_weights.ne(0)).sum() / prompts
-        return mean.clamp(min=0) if prompts > 1 else mean * 0
+        real = other.target_weights.ne(0)
+        answers = len(other.target_segments[real].unique())
+        mean = (ratios * real).sum() / max(answers, 1)
+        return mean.clamp(min=0) if other.segments.parents.count(-1) > 1 else mean * 0
 
     @override
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -228,6 +234,7 @@ def pair_sums(answers: PreferenceScores, losses: Tensor, rewards: Tensor, weight
     good, bad = weights * answers.has_chosen, weights * answers.has_rejected
     both = good * answers.has_rejected
     margins = answers.better(rewards) - answers.worse(rewards)
+    totals = answers.totals.detach()
     sums = {
         "weight": weights.sum(),
         "chosen": good.sum(),
@@ -236,8 +243,9 @@ def pair_sums(answers: PreferenceScores, losses: Tensor, rewards: Tensor, weight
         "loss": (losses * weights).sum(),
         "rewards/margins": (margins * both).sum(),
         "rewards/accuracies": ((margins > 0) * both).sum(),
+        "logps/accuracies": ((answers.better(totals) > answers.worse(totals)) * both).sum(),
     }
-    for name, values in zip(_OF_SIDES, (rewards, answers.totals.detach(), answers.counts), strict=True):
+    for name, values in zip(_OF_SIDES, (rewards, totals, answers.counts), strict=True):
         sums[f"{name}/chosen"] = (answers.better(values) * good).sum()
         sums[f"{name}/rejected"] = (answers.worse(values) * bad).sum()
     return sums
@@ -255,48 +263,57 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
         if sums[side]:
             found |= {f"{name}/{side}": sums[f"{name}/{side}"] / sums[side] for name in _OF_SIDES}
     if sums["both"]:
-        found |= {f"rewards/{name}": sums[f"rewards/{name}"] / sums["both"] for name in ("margins", "accuracies")}
+        found |= {name: sums[name] / sums["both"] for name in _OF_PAIRS}
     elif sums["chosen"] and sums["rejected"]:
         found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     return found
 
 
-def neighbours(batch: PackedBatch) -> tuple[PackedBatch, int]:
-    """Each prompt of a micro-batch with the first answer of the next prompt, and how many prompts there are.
+def neighbours(batch: PackedBatch, max_length: int | None = None) -> PackedBatch:
+    """Each prompt of a micro-batch with the answers to the next prompt, so that every answer is there once.
 
     Args:
         batch: The micro-batch, with the targets of its own rows only.
+        max_length: Most tokens of a prompt and an answer: what is beyond is cut from the answer. None: no bound.
     """
     segments, ids = batch.segments, batch.input_ids[0]
-    first: dict[int, int] = {}
+    answers_to: dict[int, list[int]] = {}
     for number, parent in enumerate(segments.parents):
         if parent >= 0 and batch.sources[number] == 0:
-            first.setdefault(parent, number)
-    prompts = list(first)
+            answers_to.setdefault(parent, []).append(number)
+    prompts = list(answers_to)
     taken, places, lengths, parents, owners = [], [], list[int](), list[int](), list[int]()
-    chosen, ends = [], []
+    chosen, counts, ends = [], list[int](), []
     owner_of = batch.target_segments
+
+    def add(segment: int, length: int, first: int, parent: int, owner: int) -> None:
+        offset = segments.offsets[segment]
+        taken.append(torch.arange(offset, offset + length, device=ids.device))
+        places.append(torch.arange(first, first + length, device=ids.device))
+        lengths.append(length)
+        parents.append(parent)
+        owners.append(owner)
+
     for number, prompt in enumerate(prompts):
         donor = prompts[(number + 1) % len(prompts)]
-        answer = first[donor]
-        begin = sum(lengths)
-        for segment in (prompt, answer):
-            offset, length = segments.offsets[segment], segments.lengths[segment]
-            taken.append(torch.arange(offset, offset + length, device=ids.device))
-            lengths.append(length)
-        own, more = lengths[-2:]
-        places.append(torch.arange(own + more, device=ids.device))
-        parents += [-1, len(parents)]
-        owners += [batch.examples[prompt]] * 2
-        (targets,) = (owner_of == answer).nonzero(as_tuple=True)
-        chosen.append(targets)
-        # Tokens of the answer before each target: none where the prompt predicts it.
-        before = batch.target_positions[targets] - segments.offsets[answer]
-        last = segments.offsets[donor] + segments.lengths[donor] - 1
-        opens = batch.target_positions[targets] == last
-        ends.append(begin + own + torch.where(opens, -1, before))
+        own, place = segments.lengths[prompt], len(parents)
+        last = sum(lengths) + own - 1
+        add(prompt, own, 0, -1, batch.examples[prompt])
+        room = None if max_length is None else max(1, max_length - own)
+        for answer in answers_to[donor]:
+            begin = sum(lengths)
+            length = segments.lengths[answer] if room is None else min(room, segments.lengths[answer])
+            add(answer, length, own, place, batch.examples[prompt])
+            (targets,) = (owner_of == answer).nonzero(as_tuple=True)
+            # Tokens of the answer up to the one that predicts a target: none where the prompt does.
+            before = batch.target_positions[targets] - segments.offsets[answer]
+            opens = batch.target_positions[targets] == segments.offsets[donor] + segments.lengths[donor] - 1
+            kept = opens | (before < length - 1)
+            chosen.append(targets[kept])
+            counts.append(int(kept.sum()))
+            ends.append(torch.where(opens, last, begin + before)[kept])
     targets = torch.cat(chosen)
-    made = batch.replace(
+    return batch.replace(
         input_ids=ids[torch.cat(taken)][None],
         position_ids=torch.cat(places)[None],
         segments=Segments(lengths, parents),
@@ -304,14 +321,13 @@ def neighbours(batch: PackedBatch) -> tuple[PackedBatch, int]:
         target_ids=batch.target_ids[targets],
         target_weights=batch.target_weights[targets],
         target_segments=torch.repeat_interleave(
-            torch.arange(1, len(parents), 2, device=ids.device),
-            torch.tensor([len(part) for part in chosen], device=ids.device),
+            torch.tensor([i for i, parent in enumerate(parents) if parent >= 0], device=ids.device),
+            torch.tensor(counts, device=ids.device),
         ),
         examples=tuple(owners),
         sources=(),
         pairs=(),
     )
-    return made, len(prompts)
 
 
 def check_rows(loss: PreferenceLoss, rows: Any) -> None:

@@ -218,7 +218,9 @@ class PPO(Stage):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keeps the answers in `rollouts.jsonl`."""
-        return [*super().configure_callbacks(), RolloutSamples()]
+        found = super().configure_callbacks()
+        own = any(isinstance(callback, RolloutSamples) for callback in self.trainer.callbacks)
+        return found if own else [*found, RolloutSamples()]
 
     def lr_factor(self, name: str) -> float:
         """The values have a rate of their own."""
@@ -311,8 +313,8 @@ class PPO(Stage):
             "val/ratio": ratios,
         }
         totals = {"loss/policy": policy.loss}
-        if self.kl.place == "loss" and self.rollouts.kl_coef:
-            loss = loss + self.rollouts.kl_coef * kl_estimate(logps, known["reference"], self.kl.estimator)
+        if self.kl.place == "loss" and (coef := self.rollouts.metrics["objective/kl_coef"]):
+            loss = loss + coef * kl_estimate(logps, known["reference"], self.kl.estimator)
         if self.entropy_coef:
             assert scores.entropy is not None
             loss = loss - self.entropy_coef * scores.entropy

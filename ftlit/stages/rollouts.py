@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ftlit.batch import StepTotals
 from ftlit.data.prompts import PromptRow
+from ftlit.errors import ConfigError
 from ftlit.objectives.advantages import Outcome, moments, sums
 from ftlit.objectives.kl import kl_estimate
 from ftlit.objectives.policy_gradient import reduction_weights
@@ -116,10 +119,16 @@ class Rollouts:
         if not rows:
             return []
         with trainer.precision_plugin.forward_context():
-            return stage.generator(
+            answers = stage.generator(
                 stage.policy.lm, stage.strategy, stage.tokenizer, [row.input_ids for row in rows], seeds, sampling,
                 quiet=not trainer.is_global_zero,
             )  # fmt: skip
+        if len(answers) != len(seeds) or not all(one.drawn for one in answers):
+            raise ConfigError(
+                f"{type(stage.generator).__name__} brought {len(answers)} answers, {sum(not a.drawn for a in answers)} "
+                f"of them without a token, and should bring {len(seeds)}, each with at least its end token."
+            )
+        return answers
 
     def rewarded(self, rows: Sequence[PromptRow], numbers: Sequence[int], answers: Sequence[Answer]) -> Answered:
         """Rewards the answers to some prompts.
@@ -141,10 +150,19 @@ class Rollouts:
         )
         if rows:
             stage.rewards.to(stage.device)
-            with isolate_rng(), _plain(stage.device):  # a reward may draw too
+            with isolate_rng(), _plain(stage.device):
+                self._seed_rewards()
                 texts = [self.text(one) for one in answers]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
         return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
+
+    def _seed_rewards(self) -> None:
+        """A reward may draw too: others in every rollout and on every rank, and the same when a run goes on."""
+        trainer = self.stage.trainer
+        seed = seed_of(self.stage.data.seed, trainer.global_step, trainer.global_rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""

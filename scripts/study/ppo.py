@@ -35,13 +35,14 @@ def grid(model: str, out: Path) -> dict[str, tuple[str, ...]]:
     for name in RUNS:
         config, _, seed = name.partition("-")
         answers, epochs = (1, 2) if config == "ppo" else (4, 1)
-        steps = 2 * epochs
+        steps = _steps(name)
+        steered = ("--model.kl.rate", "0.5") if config == "ppo" else ()  # 0.1 moves too little in 20 rollouts
         found[name] = (
             *("--config", config, "--config", "peft/lora", "--model.policy", model, "--model.reward", "brief.brief"),
             *("--seed_everything", seed or "0", "--data.seed", seed or "0", "--trainer.precision", "bf16-mixed"),
             *("--data.train", str(train), "--data.validation", str(held_out), "--data.batch_size", str(24 // answers)),
             *("--data.max_tokens", "2048", "--model.num_answers", str(answers), "--model.max_new_tokens", "48"),
-            *("--model.update_epochs", str(epochs), "--model.num_minibatches", "2"),
+            *("--model.update_epochs", str(epochs), "--model.num_minibatches", "2", *steered),
             *("--model.lr", "1e-4", "--trainer.max_steps", str(ROLLOUTS * steps), "--trainer.max_epochs", "-1"),
             *("--trainer.val_check_interval", str(EVERY * steps), "--trainer.check_val_every_n_epoch", "null"),
             *callback("ForgettingProbe", {"domains": "{own: self}", "max_tokens": 4096, "own_rows": 160}),
@@ -50,8 +51,14 @@ def grid(model: str, out: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _steps(name: str) -> int:
+    """Optimizer steps of a rollout."""
+    return 4 if name.startswith("ppo") else 2
+
+
 def _prompts(path: Path, things: list[str]) -> Path:
-    rows = [{"prompt": f"What is {_article(thing)} {thing}?", "keyword": thing} for thing in things]
+    turns = [[{"role": "user", "content": f"What is {_article(thing)} {thing}?"}] for thing in things]
+    rows = [{"messages": turn, "keyword": thing} for turn, thing in zip(turns, things, strict=True)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
 
@@ -76,6 +83,11 @@ def findings(out: Path) -> Iterator[str]:
             f"{end['val/length']:.0f} tokens, ended {start['val/ended']:.0%} -> {end['val/ended']:.0%}, "
             f"KL {end['val/kl']:.2f} nats an answer; own text {end['forgetting/own/change']:+.4f} nats a token"
         )
+        kl, coef = ([value for _, value in logged(out / name, f"objective/{key}")] for key in ("kl", "kl_coef"))
+        yield (
+            f"  rollouts: KL {max(kl):.2f} nats an answer at most, {kl[-1]:.2f} at the end; its weight "
+            f"{coef[0]:.3f} -> {coef[-1]:.3f}"
+        )
     for name in RUNS:
         path = out / name / "rollouts.jsonl"
         if summary(out / name) is not None:
@@ -97,7 +109,7 @@ def _samples(name: str, path: Path) -> Iterator[str]:
 
 
 def draw(out: Path) -> None:
-    """Held-out reward, the reward of the rollouts, and KL over the steps."""
+    """Held-out reward, the reward of the rollouts, and KL over the rollouts."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -111,11 +123,11 @@ def draw(out: Path) -> None:
             continue
         for one, key in zip(axes, keys, strict=True):
             points = logged(out / name, key)
-            one.plot([step for step, _ in points], [value for _, value in points], label=name)
+            one.plot([step / _steps(name) for step, _ in points], [value for _, value in points], label=name)
     for one, label in zip(axes, labels, strict=True):
         one.set_ylabel(label)
     axes[0].legend()
-    axes[-1].set_xlabel("optimizer step")
+    axes[-1].set_xlabel("rollouts of 24 answers")
     figure.savefig(out / "rewards.png", dpi=150)
     plt.close(figure)
 

@@ -103,7 +103,7 @@ class TestRanking(RowFormatSuite):
         ({"prompt": "2+2=", "answers": ["4", "5", "6"]},
          Comparison(tuple(Completion("2+2=", text) for text in "456"), (3.0, 2.0, 1.0))),
         ({"prompt": "2+2=", "answers": ["5", "4", "6"], "scores": [1, 9, 1]},
-         Comparison(tuple(Completion("2+2=", text) for text in "456"), (9.0, 1.0, 1.0))),
+         Comparison(tuple(Completion("2+2=", text) for text in "456"), (9.0, 1.0, 1.0), places=(1, 0, 2))),
         ({"prompt": [turn("user", "Hi?")], "answers": ["Yes.", [turn("assistant", "No.")]]},
          PAIR._replace(grades=(2.0, 1.0))),
     )  # fmt: skip
@@ -187,10 +187,47 @@ def test_shared_words_end_with_a_word(first, second):
     try:
         prompt, rests = _shared_words(first, second)
     except RowError:
-        assert first.split()[0] != second.split()[0]
+        alike = first.split()[0] == second.split()[0]
+        assert not alike or min(len(first.split()), len(second.split())) == 1  # a word is left for each
         return
     assert [prompt + rest for rest in rests] == [first, second]
     words = prompt.split()
     assert first.split()[: len(words)] == second.split()[: len(words)] == words
-    more = [text.split()[len(words) : len(words) + 1] for text in (first, second)]
-    assert more[0] != more[1] or not more[0]
+    more = [text.split()[len(words) :] for text in (first, second)]
+    assert all(more)
+    assert more[0][0] != more[1][0] or min(map(len, more)) == 1
+
+
+def test_answers_of_which_one_begins_as_the_other():
+    assert _shared_words("Q? Yes", "Q? Yes sir") == ("Q?", [" Yes", " Yes sir"])
+    assert _shared_words("问：好？答：好", "问：好？答：不") == ("问：好？答：", ["好", "不"])
+
+
+RULE, ASKED, SAID, NEXT = (
+    {"role": role, "content": text}
+    for role, text in (("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+)
+ANSWERS = [{"role": "assistant", "content": text} for text in ("good", "bad")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin", "expected"),
+    [
+        ([RULE, ASKED, SAID], [NEXT], [RULE, ASKED, SAID, NEXT]),  # a history
+        ([RULE, ASKED, SAID, NEXT], [ASKED, SAID, NEXT], [RULE, ASKED, SAID, NEXT]),  # the system turn is only there
+        ([NEXT], [RULE, NEXT], [RULE, NEXT]),
+        ("c", [NEXT], [NEXT]),
+        ([RULE], [NEXT], [RULE, NEXT]),
+    ],
+)
+def test_what_a_prompt_says_before_whole_conversations_is_kept(prompt, begin, expected):
+    row = {"prompt": prompt, "chosen": [*begin, ANSWERS[0]], "rejected": [*begin, ANSWERS[1]]}
+    found = Pairs()(row)
+    for answer, last in zip(found.answers, ANSWERS, strict=True):
+        assert [message.turn() for message in answer.messages] == [*expected, last]
+        assert answer.given == len(expected)
+
+
+def test_a_prompt_of_another_conversation_is_refused():
+    with pytest.raises(RowError, match="turns that chosen and rejected begin with"):
+        Pairs()({"prompt": "other", "chosen": [NEXT, ANSWERS[0]], "rejected": [NEXT, ANSWERS[1]]})

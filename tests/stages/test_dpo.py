@@ -12,6 +12,7 @@ from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
 from ftlit.forgetting import Replay
+from ftlit.forgetting.fingerprint import fingerprint
 from ftlit.objectives import dpo
 from ftlit.objectives.preference_sums import NAMES, WPO, LengthDesensitized, WeightedSum, loss_of
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
@@ -33,6 +34,7 @@ class Data(L.LightningDataModule):
         self.validation_names = ["main"]
         self.options = {"batch_size": 4, "max_tokens": None, "shuffle": False, **plan}
         self.added_rows = []
+        self.max_length = 512
         self.batch_size, self.max_tokens = self.options["batch_size"], self.options["max_tokens"]
 
     def planner(self, accumulate=1, world=1):
@@ -165,7 +167,7 @@ def test_metrics_are_means_over_pairs_by_weight():
     first = slice(comparisons.pieces.starts[1], comparisons.pieces.stops[2])
     comparisons.pieces.weights[first] = 2.5  # the first row counts 2.5 times
     stage, _, _ = fit(comparisons=comparisons, validation=comparisons, trainer={"max_steps": 3})
-    sums = dict.fromkeys(("w", "loss", "rc", "rr", "m", "acc", "lc", "lr", "nc", "nr"), 0.0)
+    sums = dict.fromkeys(("w", "loss", "rc", "rr", "m", "acc", "lacc", "lc", "lr", "nc", "nr"), 0.0)
     for index in range(3):
         found, pairs = separate(stage, comparisons, index)
         for pair in pairs:
@@ -173,14 +175,16 @@ def test_metrics_are_means_over_pairs_by_weight():
             (lc, rc, nc), (lr, rr, nr) = found[pair.better], found[pair.worse]
             values = {
                 "w": 1.0, "loss": math.log1p(math.exp(-0.1 * (rc - rr))), "rc": 0.1 * rc, "rr": 0.1 * rr,
-                "m": 0.1 * (rc - rr), "acc": float(rc > rr), "lc": lc, "lr": lr, "nc": nc, "nr": nr,
+                "m": 0.1 * (rc - rr), "acc": float(rc > rr), "lacc": float(lc > lr),
+                "lc": lc, "lr": lr, "nc": nc, "nr": nr,
             }  # fmt: skip
             for key, value in values.items():
                 sums[key] += pair.weight * value
     means = {key: value / sums["w"] for key, value in sums.items()}
     expected = {
         "val/loss": means["loss"], "val/rewards/chosen": means["rc"], "val/rewards/rejected": means["rr"],
-        "val/rewards/margins": means["m"], "val/rewards/accuracies": means["acc"], "val/logps/chosen": means["lc"],
+        "val/rewards/margins": means["m"], "val/rewards/accuracies": means["acc"],
+        "val/logps/accuracies": means["lacc"], "val/logps/chosen": means["lc"],
         "val/logps/rejected": means["lr"], "val/lengths/chosen": means["nc"], "val/lengths/rejected": means["nr"],
     }  # fmt: skip
     found = dict(stage.last_metrics)
@@ -232,20 +236,24 @@ def test_single_answers_with_labels():
     assert "rewards/accuracies" not in last
 
 
-def test_neighbours_are_answers_of_other_prompts():
-    """Each prompt with the next one's first answer, as if it had been packed so."""
-    examples = [*tiny_comparisons(SIZES[:3])]
-    made_of, count = neighbours(pack(examples))
+@pytest.mark.parametrize("most", [None, 10])
+def test_neighbours_are_answers_of_other_prompts(most):
+    """Each prompt with the answers of the next, as if they had been packed and cut so."""
+    examples = [*tiny_comparisons([*SIZES[:2], (3, 6)], grades=[(1.0, 0.0), (1.0, 0.0), (1.0,)])]
+    made_of = neighbours(pack(examples), most)
     prompts = [len(e.input_ids) - sum(e.answers.lengths) for e in examples]
     mixed = []
     for number, example in enumerate(examples):
         other, start = examples[(number + 1) % 3], prompts[(number + 1) % 3]
-        answer = list(other.input_ids[start : start + other.answers.lengths[0]])
-        ids = [*example.input_ids[: prompts[number]], *answer]
-        weights = [0.0] * prompts[number] + [1.0] * len(answer)
-        mixed.append(Example(ids, weights, 0.0, Answers((len(answer),), (Pair(0, -1),))))
+        ids, lengths = [*example.input_ids[: prompts[number]]], []
+        for length in other.answers.lengths:
+            lengths.append(min(length, 99 if most is None else most - prompts[number]))
+            ids += other.input_ids[start : start + lengths[-1]].tolist()
+            start += length
+        weights = [0.0] * prompts[number] + [1.0] * sum(lengths)
+        mixed.append(Example(ids, weights, 0.0, Answers(tuple(lengths), (Pair(0, -1),))))
     expected = pack(mixed)
-    assert count == 3
+    assert made_of.segments.lengths.count(1) == (1 if most else 0)  # a prompt of 9 leaves room for one token
     assert made_of.segments.lengths == expected.segments.lengths
     assert made_of.segments.parents == expected.segments.parents
     for name in ("input_ids", "position_ids", "target_positions", "target_ids", "target_segments"):
@@ -253,14 +261,20 @@ def test_neighbours_are_answers_of_other_prompts():
 
 
 def test_reference_point_of_kto():
-    """The mean over prompts of log pi - log ref of the answers of their neighbours, not below 0."""
+    """The mean over all answers of log pi - log ref after the prompt of their neighbours, not below 0."""
     stage, _, _ = fit(loss="kto", trainer={"max_steps": 3})
     batch = pack(tiny_comparisons()[:3])
-    other, _ = neighbours(batch)
+    other = neighbours(batch, 512)
     with torch.no_grad():
-        expected = float((stage.policy(other).logps - start_logps(stage.policy, other)).sum()) / 3
+        expected = float((stage.policy(other).logps - start_logps(stage.policy, other)).sum()) / 6
     assert float(stage._reference_point(batch)) == pytest.approx(max(0.0, expected))
     assert float(stage._reference_point(pack(tiny_comparisons()[:1]))) == 0.0
+
+
+def test_wpo_weighs_by_log_probabilities_as_they_are():
+    with pytest.raises(ConfigError, match=r"make it WPO\(LengthDesensitized"):
+        LengthDesensitized(WPO())
+    WPO(LengthDesensitized())
 
 
 # ---- the cache of the reference -------------------------------------------------------------------------------------
@@ -290,6 +304,39 @@ def test_cached_scores_train_the_same(make, cache, monkeypatch):
     monkeypatch.setattr("ftlit.stages.dpo.start_logps", never)
     _, second, _ = fit(make(), validation=tiny_comparisons(SIZES[:3]), cache_reference=True)
     assert [step["train/loss"] for step in second.steps] == [step["train/loss"] for step in record.steps]
+
+
+def test_a_second_fit_does_not_take_the_scores_of_the_first(cache):
+    stage, _, _ = fit(cache_reference=True, trainer={"max_steps": 1})
+    other = tiny_comparisons([*reversed(SIZES)])
+    L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision="64-true", max_steps=1,
+    ).fit(stage, Data(other))  # fmt: skip
+    batch = pack(other[:4])
+    torch.testing.assert_close(stage.reference(batch, "train"), start_logps(stage.policy, batch), rtol=0, atol=1e-9)
+
+
+def test_the_factor_of_the_adapter_that_a_run_goes_on_from_names_the_start(tmp_path):
+    """The same tensors with another alpha are another model."""
+    lm, before = tiny_lm("llama", torch.float64), LoRA(rank=2, alpha=4)
+    before.apply(lm)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    names = []
+    for alpha in (4, 4, 8):
+        before.alpha = alpha
+        save_adapter(before, lm, tmp_path / f"{len(names)}", "base")
+        fresh, strategy = (
+            tiny_lm("llama", torch.float64),
+            LoRA(rank=2, alpha=alpha, from_adapter=str(tmp_path / f"{len(names)}")),
+        )
+        strategy.apply(fresh)
+        strategy.remember_start(fresh)
+        names.append(fingerprint(fresh, strategy))
+    assert names[0] == names[1] != names[2]
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "tokens", "mask", "torn"])

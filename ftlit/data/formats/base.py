@@ -86,12 +86,14 @@ class Comparison(NamedTuple):
             its grade is above 0.
         margin: By how much the better answers are better than the worse ones; 0 where nobody said.
         weight: How much the row counts.
+        places: Where each stands among the answers of the row, from 0; in their order when left out.
     """
 
     answers: tuple[Conversation | Completion, ...]
     grades: tuple[float, ...]
     margin: float = 0.0
     weight: float = 1.0
+    places: tuple[int, ...] = ()
 
 
 Record = Conversation | Completion | Text | Comparison

@@ -24,6 +24,7 @@ from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.data.formats.turns import tools_of, turns_of
 
 _PROMPTS = ("prompt", "conversations", "messages", "instruction")
+_FIRST_WIDE = 0x2E80  # the first of the characters that are written without spaces between words
 _ANSWER = "text, a message, or a list of messages"
 
 Prompt = tuple[Message, ...] | str | None
@@ -104,8 +105,9 @@ class Pairs(PreferenceFormat):
         whole = [not isinstance(a, str) and a[0].role in ("system", "user") for a in answers]
         if whole[0] != whole[1]:
             raise RowError("rejected", "an answer of the same shape as chosen", row.get("rejected"))
-        if all(whole):  # the prompt is in them, whatever a column says
-            prompt, answers = _shared_turns(*(_with_system(a, row) for a in answers if not isinstance(a, str)))
+        if all(whole):
+            wholes = [_from_prompt(prompt, _with_system(a, row)) for a in answers if not isinstance(a, str)]
+            prompt, answers = _shared_turns(*wholes)
         elif prompt is None:
             if not all(isinstance(answer, str) for answer in answers):
                 raise RowError("prompt", "text or a list of messages", None)
@@ -148,6 +150,7 @@ class Ranking(PreferenceFormat):
             grades = _scores(row["scores"], len(answers))
             order = sorted(range(len(answers)), key=lambda place: -grades[place])
             answers, grades = [answers[place] for place in order], [grades[place] for place in order]
+            return _comparison(prompt, answers, tuple(grades), row)._replace(places=tuple(order))
         return _comparison(prompt, answers, tuple(grades), row)
 
 
@@ -248,6 +251,30 @@ def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...]
     return Comparison(tuple(whole), grades, weight=weight)
 
 
+def _from_prompt(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation with what its prompt has before it; most begin with the whole prompt.
+
+    Raises:
+        RowError: If the prompt ends in a user's turn that is not in the conversation.
+    """
+    if prompt is None:
+        return turns
+    if isinstance(prompt, str):
+        prompt = (Message("user", prompt),)
+    said, plain = ([(m.role, m.content.strip()) for m in some if m.role != "system"] for some in (prompt, turns))
+    if plain[: len(said)] == said:
+        missing = turns[0].role != "system" and prompt[0].role == "system"
+        return (prompt[0], *turns) if missing else turns
+    if prompt[-1].role in ("assistant", "system"):  # a history: what follows is the question
+        return (*prompt, *turns)
+    raise RowError(
+        "prompt",
+        "turns that chosen and rejected begin with, or what was said before them (data.columns={prompt: null} leaves "
+        "the column out)",
+        [m.content for m in prompt],
+    )
+
+
 def _shared_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Prompt, list[Answer]]:
     """What two conversations begin with alike, up to where an assistant's turn follows in both, and what is left.
 
@@ -266,11 +293,11 @@ def _shared_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> tu
 
 
 def _shared_words(first: str, second: str) -> tuple[str, list[Answer]]:
-    """What two texts begin with alike, up to the end of a word, and what is left of each."""
-    shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+    """What two texts begin with alike, up to the end of a word, and what is left of each, which is not nothing."""
+    shared, most = 0, min(len(first.rstrip()), len(second.rstrip()))
+    while shared < most and first[shared] == second[shared]:
         shared += 1
-    while shared and not all(shared == len(text) or text[shared].isspace() for text in (first, second)):
+    while shared and (shared == most or not (_word_ends(first, shared) and _word_ends(second, shared))):
         shared -= 1
     while shared and first[shared - 1].isspace():
         shared -= 1
@@ -282,6 +309,11 @@ def _shared_words(first: str, second: str) -> tuple[str, list[Answer]]:
         )
     rest = [text[shared:] for text in (first, second)]
     return first[:shared], [text if text.strip() else "" for text in rest]
+
+
+def _word_ends(text: str, place: int) -> bool:
+    """Whether a word ends before a place; every Chinese, Japanese or Korean character is one."""
+    return text[place].isspace() or any(ord(one) >= _FIRST_WIDE for one in text[place - 1 : place + 1])
 
 
 def _scores(scores: Any, count: int) -> list[float]:
