@@ -97,6 +97,16 @@ def test_cutting(truncate, prompt, answers, left):
     assert lost.answers_cut == (example.answers.lengths != answers)
 
 
+def test_a_prompt_that_loses_its_start_keeps_what_every_text_begins_with():
+    whole = one(10, 4, 6)  # of which 4 tokens of the prompt stay
+    fitted, _ = whole.fit(10, "start", opening=[0])
+    assert [*fitted[0].input_ids[:4]] == [0, 7, 8, 9]
+    assert [*whole[0].input_ids[:10]] == [*range(10)]  # the rows are as they were
+    for opening, kept in (([5], [6, 7, 8, 9]), ([0, 1, 2, 3, 4], [6, 7, 8, 9]), ([0, 1], [0, 1, 8, 9])):
+        assert [*one(10, 4, 6).fit(10, "start", opening)[0][0].input_ids[:4]] == kept
+    assert [*one(4, 4, 6).fit(10, "start", [0])[0][0].input_ids[:4]] == [0, 1, 2, 3]
+
+
 def test_cut_away_whole():
     assert one(12, 2, 3).fit(10, "end")[1] == Lost(cut_away=1)
     # What is left of the answers is alike.

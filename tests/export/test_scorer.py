@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ftlit.data.formats import Message, Text
-from ftlit.errors import ConfigError
+from ftlit.errors import ConfigError, DataError
 from ftlit.export.rating import contents_of
 from ftlit.export.scorer import RewardScorer, SequenceScorer, open_classifier
 from ftlit.rollout.verifiers import Verifier
@@ -113,3 +113,7 @@ def test_rows_to_score(tmp_path):
     assert found.content == Text("t")
     (found,) = rows("d.jsonl", {"prompt": "p", "completion": "c"})
     assert found.shown == {"prompt": "p", "completion": "c"}
+    found = rows("e.jsonl", {"prompt": "2+2=", "answers": ["5", "4"], "scores": [1, 9]})
+    assert [(one.shown["answer"], one.shown["completion"]) for one in found] == [(1, "5"), (2, "4")]  # as in the row
+    with pytest.raises(DataError, match="an answer is empty"):
+        rows("f.jsonl", {"prompt": [turn], "chosen": chosen, "rejected": [{"role": "assistant", "content": " "}]})

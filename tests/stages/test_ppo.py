@@ -1,13 +1,16 @@
 """PPO and its relatives: what a step is, what it computes, and that it learns."""
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
+from ftlit.callbacks import RolloutSamples
 from ftlit.callbacks.report import _KEPT_FULL, estimate
 from ftlit.data.prompts import PromptData
 from ftlit.errors import ConfigError
@@ -17,6 +20,8 @@ from ftlit.objectives.kl import KLPenalty
 from ftlit.objectives.policy_gradient import CISPO, DAPO, GSPO, DrGRPO
 from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
+from ftlit.rollout.generate import Answer
+from ftlit.rollout.generator import BatchedGenerator
 from ftlit.rollout.rewards import RewardShaping
 from ftlit.stages import PPO, SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
@@ -621,3 +626,52 @@ def test_settings_that_do_not_go_together(rows):
     trainer = L.Trainer(accelerator="cpu", max_steps=1, **quiet)
     with pytest.raises(ConfigError, match="goes with PPO, not with SFT"):
         trainer.fit(stage, PromptData(train=rows))
+
+
+# ---- what a user gives ----------------------------------------------------------------------------------------------
+
+
+def test_as_many_answers_are_kept_as_is_said(rows):
+    _, _, runner = train(rows, steps=8, callbacks=[RolloutSamples(rows=2)])
+    assert sum(isinstance(one, RolloutSamples) for one in runner.callbacks) == 1
+    kept = [json.loads(line) for line in Path(rows).with_name("rollouts.jsonl").read_text().splitlines()]
+    assert Counter(one["step"] for one in kept) == {0: 2, 4: 2}
+
+
+def test_a_reward_that_draws_says_something_else_in_every_rollout_and_the_same_in_the_same_run(rows):
+    said = []
+
+    def noise(prompts, completions, **columns):
+        said.append([random.random() + np.random.rand() + float(torch.rand(())) for _ in completions])
+        return said[-1]
+
+    for _ in range(2):
+        random.seed(len(said))
+        train(rows, steps=8, reward=noise)
+    assert said[:2] == said[2:]
+    assert not set(said[0]) & set(said[1])
+
+
+@pytest.mark.parametrize("spoil", [lambda answers: answers[1:], lambda answers: [*answers[:-1], Answer([], False)]])
+def test_a_generator_that_brings_something_else_is_refused(rows, spoil):
+    class Spoilt(BatchedGenerator):
+        def __call__(self, *args, **kwargs):
+            return spoil(super().__call__(*args, **kwargs))
+
+    with pytest.raises(ConfigError, match="Spoilt brought"):
+        train(rows, generator=Spoilt())
+
+
+def test_the_weight_of_the_penalty_that_is_logged_is_the_one_that_counts(rows):
+    kl = KLPenalty(0.2, "loss", "k3", target=1e-6, rate=1.0)
+    stage, record, _ = train(rows, steps=8, advantage=GRPO(), num_answers=3, kl=kl, dtype=torch.float64)
+    assert record.steps[0]["objective/kl_coef"] == 0.2
+    assert record.steps[-1]["objective/kl_coef"] != stage.rollouts.kl_coef  # the next rollout's
+    batch = record.batches[-1].micro_batches[0]
+    with torch.no_grad():
+        scores = stage.policy(batch, **stage.scoring(batch))
+        first = stage.micro_loss(batch, scores).loss
+        stage.rollouts.kl_coef *= 100
+        assert stage.micro_loss(batch, scores).loss == first
+        stage.rollouts.metrics["objective/kl_coef"] *= 100
+        assert stage.micro_loss(batch, scores).loss > first
