@@ -58,7 +58,7 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
     )
     reward = (
         *("--config", "reward", "--config", "peft/lora", *people, "--trainer.max_epochs", "2"),
-        *("--data.validation", "0.4", "--data.max_length", "512", "--model.lr", "5e-4"),
+        *("--data.validation", "0.4", "--data.max_length", "384", "--model.lr", "3e-4"),
     )
     return {
         "lora": lora,
