@@ -31,6 +31,7 @@ class PromptRow(NamedTuple):
         columns: The row's own columns.
         source: Where the row comes from.
         number: Its number there.
+        plain: The prompt as text, where no template is put around it.
     """
 
     input_ids: list[int]
@@ -39,6 +40,7 @@ class PromptRow(NamedTuple):
     columns: Mapping[str, Any]
     source: Source
     number: int
+    plain: str | None = None
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -251,7 +253,8 @@ class PromptData(SFTData):
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        return PromptRow(ids, messages, reference, columns, source, index)
+        plain = record.prompt if isinstance(record, Completion) else None
+        return PromptRow(ids, messages, reference, columns, source, index, plain)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:
         """Makes a set of the rows that are short enough, and counts it."""

@@ -167,6 +167,8 @@ class RewardScorer(Verifier):
         ConfigError: At the first use, if the model cannot be opened, or has several outputs and none was named.
     """
 
+    reads_plain = True  # texts without a template stay such
+
     def __init__(
         self,
         model: str,

@@ -134,6 +134,7 @@ class Rewards:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         tokens: Sequence[Sequence[int]],
+        plain: Sequence[tuple[str, str] | None] | None = None,
     ) -> Said:
         """What each reward says of each answer.
 
@@ -142,6 +143,8 @@ class Rewards:
             completions: The answers.
             columns: Columns of their rows, and `reference`.
             tokens: The tokens of each answer; the rewards know them as the column `completion_ids`.
+            plain: Prompt and answer as the texts that they are, where there is no template; for rewards that say
+                `reads_plain`, which are models.
 
         Raises:
             ConfigError: If a reward does not return one finite number an answer, or one for each of its tokens.
@@ -150,7 +153,12 @@ class Rewards:
         each = [torch.zeros(len(one), dtype=torch.float32) for one in tokens]
         columns = {**columns, "completion_ids": tokens}
         for number, (function, weight) in enumerate(zip(self.functions, self.weights, strict=True)):
-            name, values = name_of(function), ask(function, prompts, completions, columns)
+            before: list[Any] = list(prompts)
+            said = list(completions)
+            if plain is not None and getattr(function, "reads_plain", False):
+                for place, both in enumerate(plain):
+                    before[place], said[place] = (before[place], said[place]) if both is None else both
+            name, values = name_of(function), ask(function, before, said, columns)
             for place, value in enumerate(values):
                 if not isinstance(value, list | tuple) and not getattr(value, "shape", ()):
                     continue

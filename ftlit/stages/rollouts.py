@@ -153,7 +153,9 @@ class Rollouts:
             with isolate_rng(), _plain(stage.device):
                 self._seed_rewards()
                 texts = [self.text(one) for one in answers]
-                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens)
+                plain = [None if row.plain is None else (row.plain, self.text(one, strip=False))
+                         for row, one in zip(repeated, answers, strict=True)]  # fmt: skip
+                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain)
         return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
 
     def _seed_rewards(self) -> None:
@@ -164,9 +166,10 @@ class Rollouts:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def text(self, answer: Answer) -> str:
+    def text(self, answer: Answer, strip: bool = True) -> str:
         """An answer as the rewards read it."""
-        return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
+        text = str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+        return text.strip() if strip else text
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards

@@ -14,6 +14,7 @@ from ftlit.callbacks import RolloutSamples
 from ftlit.callbacks.report import _KEPT_FULL, estimate
 from ftlit.data.prompts import PromptData
 from ftlit.errors import ConfigError
+from ftlit.export.scorer import RewardScorer
 from ftlit.forgetting import Replay
 from ftlit.objectives.advantages import GAE, GRPO, RLOO, ReMax
 from ftlit.objectives.kl import KLPenalty
@@ -23,6 +24,7 @@ from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.rollout.generate import Answer
 from ftlit.rollout.generator import BatchedGenerator
 from ftlit.rollout.rewards import RewardShaping
+from ftlit.rollout.verifiers import Verifier
 from ftlit.stages import PPO, SFT
 from ftlit.testing import tiny_lm, tiny_tokenizer
 from ftlit.testing.tiny import tiny_classifier
@@ -675,3 +677,27 @@ def test_the_weight_of_the_penalty_that_is_logged_is_the_one_that_counts(rows):
         assert stage.micro_loss(batch, scores).loss == first
         stage.rollouts.metrics["objective/kl_coef"] *= 100
         assert stage.micro_loss(batch, scores).loss > first
+
+
+def test_a_reward_model_reads_texts_as_they_are(tmp_path):
+    """A prompt without a template gets none in the reward model either; other rewards see turns everywhere."""
+    path, seen = tmp_path / "rows.jsonl", {}
+    path.write_text("".join(json.dumps({"prompt": f"{n} + 2 ="}) + "\n" for n in range(6)))
+
+    class Model(Verifier):
+        reads_plain = True
+
+        def __call__(self, prompts, completions, **columns):
+            seen["model"] = (list(prompts), list(completions))
+            return odd(prompts, completions)
+
+    def check(prompts, completions, **columns):
+        seen["check"] = (list(prompts), list(completions))
+        return odd(prompts, completions)
+
+    train(str(path), steps=4, reward=[Model(), check])
+    (texts, answers), (turns, stripped) = seen["model"], seen["check"]
+    assert sorted(texts) == [f"{n} + 2 =" for n in range(6)]
+    assert [[{"role": "user", "content": text}] for text in texts] == turns
+    assert [answer.strip() for answer in answers] == stripped
+    assert RewardScorer.reads_plain
