@@ -39,10 +39,10 @@ def stages(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
     """
     general = ("--seed_everything", "0", "--trainer.precision", "bf16-mixed", "--data.max_tokens", "2048")
     probe = callback(
-        "ForgettingProbe", {"domains": json.dumps({"own": str(out / "own.jsonl")}), "max_tokens": 16384, "kl": "false"}
+        "ForgettingProbe", {"domains": json.dumps({"own": str(out / "own.jsonl")}), "max_tokens": 8192, "kl": "false"}
     )
     merged = ("--model.policy", str(out / "sft-model"))
-    pairs = ("--data.train", str(data / "dpo_en_demo.json"), "--data.validation", "0.25", "--data.max_length", "384")
+    pairs = ("--data.train", str(data / "dpo_en_demo.json"), "--data.validation", "0.25", "--data.max_length", "256")
     return {
         "sft": (
             *("--config", "sft", "--config", "peft/lora", "--model.policy", model, "--model.lr", "3e-4", *general),
@@ -50,13 +50,14 @@ def stages(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
             *("--data.batch_size", "8", "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", *probe),
         ),
         "reward": (
-            *("--config", "reward", "--config", "peft/lora", *merged, "--model.lr", "2e-4", *general, *pairs),
-            *("--data.batch_size", "8", "--trainer.max_epochs", "2"),
+            *("--config", "reward", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *pairs),
+            *("--data.batch_size", "8", "--trainer.max_epochs", "1"),
         ),
         "ppo": (
-            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "5e-5", *general, *probe),
+            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "1e-4", *general, *probe),
             *("--model.reward", "RewardScorer", "--model.reward.model", str(out / "reward")),
             *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "24"),
+            *("--model.shaping.missing_end_penalty", "1", "--model.shaping.whiten", "true"),
             *("--model.max_new_tokens", "64", "--data.max_length", "192", "--trainer.max_steps", "48"),
             *("--trainer.max_epochs", "-1", "--trainer.check_val_every_n_epoch", "null"),
             *("--trainer.val_check_interval", "24"),
