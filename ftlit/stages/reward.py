@@ -122,10 +122,11 @@ class RewardModel(ScalarStage):
 
     @rank_zero_only
     def _draw(self) -> None:
-        """Draws how sure the model is against how often it is right."""
-        if MAIN not in self.metrics or self.trainer.fast_dev_run:
+        """Draws how sure the model is against how often it is right, on the first set where none is `main`."""
+        if not self.metrics or self.trainer.fast_dev_run:
             return
-        metric: Any = self.metrics[MAIN]
+        metrics: Any = self.metrics
+        metric = metrics[MAIN if MAIN in metrics else next(iter(metrics))]
         if len(metric.all_differences):
             folder = Path(self.trainer.default_root_dir)
             draw_reliability(metric.all_differences, folder / "calibration.png", folder.absolute().name)

@@ -164,3 +164,9 @@ def test_mistakes_are_one_sentence(ftlit, pairs, rows, tiny_model_folder, tmp_pa
     assert "is no sequence classifier" in ftlit.err
     assert ftlit("score", tiny_model_folder, "--rows", "nothing.jsonl") == 1
     assert "nothing.jsonl does not exist" in ftlit.err
+
+
+def test_calibration_is_drawn_of_the_first_set_where_none_is_main(ftlit, pairs, tiny_model_folder):
+    args = options(tiny_model_folder, pairs, "lora", "--trainer.max_steps", "1")
+    assert ftlit(*args, "--data.validation", f"{{one: {pairs}, two: {pairs}}}", "--run", "named") == 0
+    assert Path("named/calibration.png").exists()
