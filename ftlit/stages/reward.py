@@ -30,7 +30,8 @@ class RewardModel(ScalarStage):
     Rows come from `PreferenceData`: pairs with or without a margin, and rankings. The prompt of a row runs through the
     model once for all its answers. The number is read at the last token of each answer, its end token as a rule; where
     the model pads with its end token another pad token is chosen, because transformers reads a classifier at the last
-    token that is not the pad token.
+    token that is not the pad token. A new head on a decoder starts at zero: before training every answer has the same
+    reward and the loss is `ln 2`, and no random direction has to be unlearnt first.
 
     Logged, in training and as `val/...`: `loss` (nats a pair), `accuracy` (share of pairs ranked right), `margin`,
     `rewards/chosen`, `rewards/rejected`; in validation also the 95 % interval of the accuracy and `calibration_error`;
@@ -43,6 +44,7 @@ class RewardModel(ScalarStage):
     """
 
     loss_unit: ClassVar[str] = "nats a pair"
+    zero_head: ClassVar[bool] = True
 
     def __init__(self, *args: Any, objective: RewardLoss | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

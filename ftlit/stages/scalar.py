@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
@@ -25,6 +26,9 @@ class ScalarStage(ValidatedStage):
 
     The policy can be a language model (its head over tokens goes, a new one comes), an encoder, or a classifier.
     """
+
+    zero_head: ClassVar[bool] = False
+    """Whether a new head on a decoder starts at zero; else as transformers draws it."""
 
     # ---- what a stage says ----------------------------------------------------------------------------------------
 
@@ -51,6 +55,8 @@ class ScalarStage(ValidatedStage):
         )
         if "score" in new and not reads_first(lm):
             lm.config.get_text_config().pad_token_id = pad_token(self.tokenizer)
+            if self.zero_head:
+                torch.nn.init.zeros_(lm.get_submodule("score").get_parameter("weight"))
         if self.gradient_checkpointing:
             recompute_activations(lm)
         policy = ScalarPolicy(lm, self.strategy, new)
@@ -62,7 +68,8 @@ class ScalarStage(ValidatedStage):
         names = self.outputs
         outputs = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         kept = [name for name in policy.head if name not in new]
-        parts = [f"{', '.join(new)} drawn anew with seed {seed}"] if new else []
+        how = "new, at zero" if self.zero_head and new == ["score"] else f"drawn anew with seed {seed}"
+        parts = [f"{', '.join(new)} {how}"] if new else []
         parts += [f"{', '.join(kept)} from the checkpoint"] if kept else []
         place = "first token" if reads_first(policy.lm) else "last token"
         pad = policy.lm.config.get_text_config().pad_token_id

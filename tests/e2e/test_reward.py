@@ -60,9 +60,10 @@ def scores(ftlit, model, rows):
 def test_learns_and_others_load_it_to_the_same_scores(ftlit, pairs, tiny_model_folder, peft):
     args = options(tiny_model_folder, pairs, peft, "--trainer.max_epochs", "4", "--model.objective", "BradleyTerry")
     assert ftlit(*args, "--model.objective.center", "0.01", "--run", "r") == 0
-    assert "score drawn anew with seed 0; reads the last token that is not the pad token 0" in ftlit.out
+    assert "score new, at zero; reads the last token that is not the pad token 0" in ftlit.out
     values = [row for row in metrics("r") if "val/loss" in row]
     assert values[-1]["val/accuracy"] == 1.0 > values[0]["val/accuracy"]
+    assert values[0]["val/rewards/chosen"] == values[0]["val/rewards/rejected"] == 0  # a new head starts at zero
     assert 0.5 < values[-1]["val/accuracy_low"] < 1 == values[-1]["val/accuracy_high"]
     difference = values[-1]["val/rewards/chosen"] - values[-1]["val/rewards/rejected"]
     assert values[-1]["val/margin"] == pytest.approx(difference, abs=1e-5)
