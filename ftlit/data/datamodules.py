@@ -17,6 +17,7 @@ from ftlit.data.added import AddedRows
 from ftlit.data.formats import Comparison, Conversation, Message, Record, RowFormat, Text, detect
 from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
+from ftlit.data.plain import opening_tokens
 from ftlit.data.sources import Source, fill, refuse_placeholders, with_system
 from ftlit.data.statistics import CUT, EMPTY, LONG, Statistics, also_in, duplicates, table
 from ftlit.data.store import Joined, Stored, Truncate, check_truncate
@@ -496,7 +497,7 @@ class SFTData(L.LightningDataModule):
         examples = one.examples.take(taken[one.examples.rows])
         documents = len(np.unique(examples.rows[examples.windowed]))
         counts.split_rows = int((taken & (one.split > 1)).sum())
-        cut, over = examples.cut(self.max_length, self.truncate)
+        cut, over = examples.cut(self.max_length, self.truncate, opening_tokens(self.template.tokenizer))
         if self.truncate == "drop":
             counts.drop(LONG, int(over.sum()))
         else:

@@ -191,7 +191,7 @@ class Examples(Stored):
         stops = np.cumsum(lengths)
         return Examples(ids, weights, stops - lengths, stops, self.rows, self.windowed, self.values)
 
-    def cut(self, length: int, truncate: Truncate = "end") -> tuple[Examples, np.ndarray]:
+    def cut(self, length: int, truncate: Truncate = "end", opening: Sequence[int] = ()) -> tuple[Examples, np.ndarray]:
         """Fits every example into `length` tokens.
 
         Raw text is cut into windows, each further one starting with the last token of the one before; so every token
@@ -200,6 +200,7 @@ class Examples(Stored):
         Args:
             length: Most tokens of an example, at least 2.
             truncate: Which part of a longer example is cut away; `drop`: all of it.
+            opening: Tokens that every text of the tokenizer begins with; examples that lose their start keep them.
 
         Returns:
             The examples, and for each of the old ones whether it lost something.
@@ -217,8 +218,15 @@ class Examples(Stored):
         if truncate == "start":
             starts = np.where(over[origin], stops - length, starts)
         stops = np.minimum(stops, starts + length)
+        ids, weights = self.ids, self.weights
+        if truncate == "start" and 0 < len(opening) < length and over.any():
+            ids, weights, size = ids.copy(), weights.copy(), len(opening)
+            for old, start in zip(self.starts[origin][over[origin]], starts[over[origin]], strict=True):
+                if [*self.ids[old : old + size]] == [*opening]:
+                    # What follows the opening now did not follow it in the text: it is not trained either.
+                    ids[start : start + size], weights[start : start + size + 1] = opening, 0.0
         more = (array[origin] for array in (self.rows, self.windowed, self.values))
-        return Examples(self.ids, self.weights, starts, stops, *more), over
+        return Examples(ids, weights, starts, stops, *more), over
 
     def hash_into(self, digest: Any) -> None:
         """Adds every token and weight, in order, to a hash."""

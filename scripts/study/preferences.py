@@ -113,7 +113,8 @@ def _of_dpo(name: str, done: dict[str, Any], folder: Path) -> Iterator[str]:
     yield (
         f"{name}: {done['optimizer_steps']} steps, {done['seconds']:.0f} s; held out: loss {start['val/loss']:.4f} -> "
         f"{end['val/loss']:.4f}, margin {_bounded(end, 'val/rewards/margins')}, accuracy "
-        f"{_bounded(end, 'val/rewards/accuracies')}; perplexity of own text {math.expm1(own):+.1%} "
+        f"{_bounded(end, 'val/rewards/accuracies')}, better answer likelier {start['val/logps/accuracies']:.3f} -> "
+        f"{end['val/logps/accuracies']:.3f}; perplexity of own text {math.expm1(own):+.1%} "
         f"[{math.expm1(end['forgetting/own/change_low']):+.1%}, {math.expm1(end['forgetting/own/change_high']):+.1%}], "
         f"of general answers {math.expm1(chat):+.1%}"
     )

@@ -65,6 +65,18 @@ def test_windows_train_every_token_of_a_document_but_the_first_once(lengths, mos
     assert cut.measures().targets.sum() == len(seen)
 
 
+def test_an_example_that_loses_its_start_keeps_what_every_text_begins_with():
+    long, short, other = ([first, *range(2, 2 + n)] for first, n in ((1, 8), (1, 3), (9, 8)))
+    whole = stored([Example(ids, [0.0] + [1.0] * (len(ids) - 1)) for ids in (long, short, other)])
+    cut, _ = whole.cut(5, "start", opening=[1])
+    assert lists(cut) == [
+        ([1, 6, 7, 8, 9], [0, 0, 1, 1, 1]),
+        ([1, 2, 3, 4], [0, 1, 1, 1]),
+        ([5, 6, 7, 8, 9], [0, 1, 1, 1, 1]),
+    ]
+    assert lists(whole)[0][0] == long  # the rows are as they were
+
+
 @PROPERTY
 @given(MANY, st.integers(2, 12), st.sampled_from(["end", "start", "drop"]))
 def test_cutting_keeps_one_side_and_says_what_it_cut(examples, most, truncate):
