@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ftlit.metrics.intervals import wilson
+from ftlit.metrics.intervals import wilson, wins
 
 
 class Bin(NamedTuple):
@@ -37,13 +37,13 @@ def reliability(differences: Tensor, bins: int = 10) -> list[Bin]:
         bins: Number of bins over [0.5, 1].
     """
     sure = differences.double().abs().sigmoid()
-    right = differences > 0
+    right = wins(differences.double())
     place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     found = []
     for number in range(bins):
         inside = place == number
         if count := int(inside.sum()):
-            hits = int(right[inside].sum())
+            hits = float(right[inside].sum())
             found.append(Bin(count, float(sure[inside].mean()), hits / count, *wilson(hits, count)))
     return found
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
@@ -47,6 +48,11 @@ def bootstrap(
     means = torch.stack([(sample[rows] * shares[rows]).sum() / shares[rows].sum() for rows in drawn])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def wins(margins: Tensor) -> Tensor:
+    """1 where a margin is above 0, 0 where it is below, 1/2 for a tie: before training a share of wins is one half."""
+    return (margins.sign() + 1) / 2
 
 
 def interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ftlit.metrics.intervals import bootstrap, interval
+from ftlit.metrics.intervals import bootstrap, interval, wins
 from ftlit.metrics.sums import Sums, joined
 
 
@@ -58,7 +58,7 @@ class PairMetric(Sums):
             return found
         numbers, places = rows.unique(return_inverse=True)
         sums = torch.zeros(3, len(numbers), dtype=torch.float64, device=rows.device)
-        sums.index_add_(1, places, torch.stack([margins * weights, (margins > 0) * weights, weights]))
+        sums.index_add_(1, places, torch.stack([margins * weights, wins(margins) * weights, weights]))
         means, shares = (sums[:2] / sums[2]).tolist(), sums[2].tolist()
         ends = bootstrap(means[0], shares), interval(means[1], shares)
         for name, (low, high) in zip(("margins", "accuracies"), ends, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ftlit.metrics.calibration import calibration_error
-from ftlit.metrics.intervals import interval
+from ftlit.metrics.intervals import interval, wins
 from ftlit.metrics.sums import joined
 
 
@@ -54,14 +54,15 @@ class RankingMetric(Metric):
         Returns:
             `loss` (nats a pair), `rewards/chosen`, `rewards/rejected`, `margin` (their difference), `calibration_error`
             (see `ftlit.metrics.calibration`), and `accuracy`: the mean over the rows of the share of a row's pairs
-            whose better answer has the strictly higher reward, with the ends of its 95 % interval over the rows.
+            whose better answer has the higher reward (a tie counts one half), with the ends of its 95 % interval over
+            the rows.
         """
         names = ("better", "worse", "losses", "weights", "rows")
         better, worse, losses, weights, rows = (joined(getattr(self, name)) for name in names)
         self.all_differences = (better - worse).cpu()
         numbers, places = rows.unique(return_inverse=True)
         hits = torch.zeros(len(numbers), dtype=torch.float64, device=rows.device)
-        shares = hits.index_add(0, places, (better > worse).double()) / hits.index_add(0, places, weights.sign())
+        shares = hits.index_add(0, places, wins(better - worse)) / hits.index_add(0, places, weights.sign())
         low, high = interval(shares.tolist())
         values = {
             "loss": (losses * weights).sum() / weights.sum(),

@@ -12,6 +12,7 @@ from ftlit.batch import PackedBatch, Segments, StepTotals
 from ftlit.data.comparisons import Comparisons
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
+from ftlit.metrics.intervals import wins
 from ftlit.metrics.pairs import PairMetric
 from ftlit.objectives.preference import PreferenceLoss, PreferenceScores
 from ftlit.objectives.preference_sums import loss_of
@@ -51,7 +52,8 @@ class DPO(ValidatedStage):
 
     Logged as means over the pairs by weight, in validation with `val/` before it: `train/loss`; `rewards/chosen`,
     `rewards/rejected` (`beta` times the log-ratio; see the loss), `rewards/margins`, `rewards/accuracies` (share of
-    pairs whose better answer has the strictly higher reward), `logps/chosen`, `logps/rejected` (nats an answer),
+    pairs whose better answer has the higher reward, a tie counts one half), `logps/chosen`, `logps/rejected` (nats an
+    answer),
     `logps/accuracies` (share of pairs whose better answer is the likelier one, whatever the reference says of them),
     `lengths/chosen`, `lengths/rejected` (trained tokens an answer); and `train/kl` where the loss has a reference
     point. In validation also the ends of 95 % intervals over the rows, `val/rewards/margins_low` and so on.
@@ -242,8 +244,8 @@ def pair_sums(answers: PreferenceScores, losses: Tensor, rewards: Tensor, weight
         "both": both.sum(),
         "loss": (losses * weights).sum(),
         "rewards/margins": (margins * both).sum(),
-        "rewards/accuracies": ((margins > 0) * both).sum(),
-        "logps/accuracies": ((answers.better(totals) > answers.worse(totals)) * both).sum(),
+        "rewards/accuracies": (wins(margins) * both).sum(),
+        "logps/accuracies": (wins(answers.better(totals) - answers.worse(totals)) * both).sum(),
     }
     for name, values in zip(_OF_SIDES, (rewards, totals, answers.counts), strict=True):
         sums[f"{name}/chosen"] = (answers.better(values) * good).sum()

@@ -16,6 +16,7 @@ from ftlit.data.datamodules import MAIN
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
 from ftlit.metrics.calibration import draw_reliability
+from ftlit.metrics.intervals import wins
 from ftlit.metrics.rewards import RankingMetric
 from ftlit.models.heads import rated
 from ftlit.objectives.reward import BradleyTerry, RewardLoss, RewardScores
@@ -33,9 +34,9 @@ class RewardModel(ScalarStage):
     token that is not the pad token. A new head on a decoder starts at zero: before training every answer has the same
     reward and the loss is `ln 2`, and no random direction has to be unlearnt first.
 
-    Logged, in training and as `val/...`: `loss` (nats a pair), `accuracy` (share of pairs ranked right), `margin`,
-    `rewards/chosen`, `rewards/rejected`; in validation also the 95 % interval of the accuracy and `calibration_error`;
-    `calibration.png` in the run folder shows how sure the model is against how often it is right.
+    Logged, in training and as `val/...`: `loss` (nats a pair), `accuracy` (share of pairs ranked right, a tie counts
+    one half), `margin`, `rewards/chosen`, `rewards/rejected`; in validation also the 95 % interval of the accuracy and
+    `calibration_error`; `calibration.png` in the run folder shows how sure the model is against how often it is right.
 
     Args:
         args: Arguments of every stage.
@@ -85,7 +86,7 @@ class RewardModel(ScalarStage):
         better, worse = compared.sides
         means = {
             "loss": losses,
-            "accuracy": (better > worse).double(),
+            "accuracy": wins(better - worse),
             "margin": better - worse,
             "rewards/chosen": better,
             "rewards/rejected": worse,

@@ -64,6 +64,7 @@ def test_learns_and_others_load_it_to_the_same_scores(ftlit, pairs, tiny_model_f
     values = [row for row in metrics("r") if "val/loss" in row]
     assert values[-1]["val/accuracy"] == 1.0 > values[0]["val/accuracy"]
     assert values[0]["val/rewards/chosen"] == values[0]["val/rewards/rejected"] == 0  # a new head starts at zero
+    assert values[0]["val/accuracy"] == 0.5
     assert 0.5 < values[-1]["val/accuracy_low"] < 1 == values[-1]["val/accuracy_high"]
     difference = values[-1]["val/rewards/chosen"] - values[-1]["val/rewards/rejected"]
     assert values[-1]["val/margin"] == pytest.approx(difference, abs=1e-5)

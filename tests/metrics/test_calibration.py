@@ -10,7 +10,7 @@ def test_bins_by_a_loop():
     bins = {}
     for gap in differences.tolist():
         sure = 1 / (1 + 2.718281828459045 ** -abs(gap))
-        bins.setdefault(min(9, int((sure - 0.5) * 20)), []).append((sure, gap > 0))
+        bins.setdefault(min(9, int((sure - 0.5) * 20)), []).append((sure, 0.5 if gap == 0 else float(gap > 0)))
     found = reliability(differences)
     assert len(found) == len(bins)
     for one, number in zip(found, sorted(bins), strict=True):

@@ -80,7 +80,7 @@ def test_rankings_by_hand():
         *(torch.tensor(v) for v in ([1.0, 3.0, 9.0], [5.0, 1.0, 0.0], [4.0, 0.1, 9.0], [2.0, 2.0, 0.0], [5, 5, 0]))
     )
     found = {name: value.item() for name, value in metric.compute().items()}
-    assert found["accuracy"] == pytest.approx((1 + 1 / 3) / 2)  # row 4: right; row 5: a tie, wrong, right
+    assert found["accuracy"] == pytest.approx((1 + 1.5 / 3) / 2)  # row 4: right; row 5: a tie, wrong, right
     assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
     assert found["loss"] == pytest.approx((0.3 + 2 * (0.7 + 4 + 0.1)) / 7)
     assert found["margin"] == pytest.approx((1 + 2 * (0 - 4 + 2)) / 7)

@@ -89,6 +89,7 @@ def test_the_first_margin_is_zero_also_for_a_model_changed_in_memory(make):
     assert record.steps[0]["train/loss"] == math.log(2)
     assert record.steps[0]["rewards/margins"] == 0
     assert record.steps[0]["rewards/chosen"] == 0
+    assert record.steps[0]["rewards/accuracies"] == 0.5  # ties
     assert record.steps[1]["rewards/margins"] != 0
     assert record.steps[-1]["train/loss"] < math.log(2)
 
