@@ -6,7 +6,7 @@
 The folder of data holds `dpo_en_demo.json` (answers that people would choose or reject, with real differences) and
 `alpaca_en_demo.json`, of which a preference is made that can be seen at once: the first sentence of an answer is better
 than the whole; that is taught gently, at five times the rate, and at that rate on a budget. One row in five is held
-out. `run` trains what is not yet done and can be stopped and started at will.
+out; reward models are trained three times, so that every pair is held out once. `run` trains what is not yet done and can be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from typing import Any
 
 from runs import callback, command_line, fit_all, logged, show, summary
 
+from ftlit.metrics.intervals import wilson
+
 PEOPLE, GENERAL = "dpo_en_demo.json", "alpaca_en_demo.json"
 BUDGET = 0.02
+REWARDS = ("reward-0", "reward-1", "reward-2")
 SHORTER = ("shorter", "shorter-hard", "shorter-held")
 _OWN = {"documents": 160, "new_tokens": 64}
 
@@ -56,10 +59,13 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
         *("--config", "dpo", *common, "--data.train", str(_shorter(data / GENERAL, out / "shorter.jsonl"))),
         *(*steps, "--model.lr", "1e-4", *probe, *asked),
     )
-    reward = (
-        *("--config", "reward", "--config", "peft/lora", *people, "--trainer.max_epochs", "2"),
-        *("--data.validation", "0.4", "--data.max_length", "384", "--model.lr", "3e-4"),
-    )
+    reward = {}
+    for name, (train, held) in zip(REWARDS, _folds(data / PEOPLE, out), strict=True):
+        reward[name] = (
+            *("--config", "reward", "--config", "peft/lora", *common, "--data.train", str(train)),
+            *("--data.validation", str(held), "--data.max_length", "384", "--model.lr", "3e-4"),
+            *("--trainer.max_epochs", "2"),
+        )
     return {
         "lora": lora,
         "full": (*pairs, "--config", "peft/full", "--model.lr", "2e-5", *probe),
@@ -67,8 +73,19 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
         "shorter": shorter,
         "shorter-hard": (*shorter, "--model.lr", "5e-4"),
         "shorter-held": (*shorter, "--model.lr", "5e-4", *replay, *held),
-        "reward": reward,
+        **reward,
     }
+
+
+def _folds(rows: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Writes the rows in parts, so that each is held out once, the others being trained on."""
+    known = json.loads(rows.read_text(encoding="utf-8"))
+    for number in range(len(REWARDS)):
+        paths = out / f"train-{number}.json", out / f"held-out-{number}.json"
+        for path, held in zip(paths, (False, True), strict=True):
+            part = [row for place, row in enumerate(known) if (place % len(REWARDS) == number) == held]
+            path.write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+        yield paths
 
 
 def _shorter(rows: Path, path: Path) -> Path:
@@ -98,13 +115,25 @@ def findings(out: Path) -> Iterator[str]:
     for name in SHORTER:
         if summary(out / name) is not None:
             yield from _of_answers(name, out / name / "samples.jsonl")
-    if (done := summary(out / "reward")) is not None:
+    yield from _of_rewards(out)
+
+
+def _of_rewards(out: Path) -> Iterator[str]:
+    """Every part, and all of them together: each pair was held out once."""
+    hits, pairs = 0.0, 0
+    for number, name in enumerate(REWARDS):
+        if (done := summary(out / name)) is None:
+            return
         start, end = done["start"], done["end"]
+        held = len(json.loads((out / f"held-out-{number}.json").read_text(encoding="utf-8")))
+        hits, pairs = hits + end["val/accuracy"] * held, pairs + held
         yield (
-            f"reward: held-out accuracy {start['val/accuracy']:.3f} -> {_bounded(end, 'val/accuracy')}, "
+            f"{name}: held-out accuracy {start['val/accuracy']:.3f} -> {_bounded(end, 'val/accuracy')}, "
             f"loss {start['val/loss']:.4f} -> {end['val/loss']:.4f}, "
             f"calibration error {end['val/calibration_error']:.3f}"
         )
+    low, high = wilson(hits, pairs)
+    yield f"reward models together: accuracy {hits / pairs:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs"
 
 
 def _of_dpo(name: str, done: dict[str, Any], folder: Path) -> Iterator[str]:
@@ -174,7 +203,7 @@ def draw(out: Path) -> None:
 def main() -> None:
     """Reads the command line."""
     args = command_line(
-        __doc__, "runs/preferences", f"runs: lora, full, budget, {', '.join(SHORTER)}, reward; all when left out"
+        __doc__, "runs/preferences", f"runs: lora, full, budget, {', '.join((*SHORTER, *REWARDS))}; all when left out"
     )
     if args.mode == "run":
         runs = grid(args.model, args.data.resolve(), args.out)
