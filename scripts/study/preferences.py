@@ -6,7 +6,8 @@
 The folder of data holds `dpo_en_demo.json` (answers that people would choose or reject, with real differences) and
 `alpaca_en_demo.json`, of which a preference is made that can be seen at once: the first sentence of an answer is better
 than the whole; that is taught gently, at five times the rate, and at that rate on a budget. One row in five is held
-out; reward models are trained three times, so that every pair is held out once. `run` trains what is not yet done and can be stopped and started at will.
+out; reward models are trained three times, so that every pair is held out once. `run` trains what is not yet done and
+can be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
         *(*steps, "--model.lr", "1e-4", *probe, *asked),
     )
     reward = {}
-    for name, (train, held) in zip(REWARDS, _folds(data / PEOPLE, out), strict=True):
+    for name, (train, rest) in zip(REWARDS, _folds(data / PEOPLE, out), strict=True):
         reward[name] = (
             *("--config", "reward", "--config", "peft/lora", *common, "--data.train", str(train)),
-            *("--data.validation", str(held), "--data.max_length", "384", "--model.lr", "3e-4"),
+            *("--data.validation", str(rest), "--data.max_length", "384", "--model.lr", "3e-4"),
             *("--trainer.max_epochs", "2"),
         )
     return {
