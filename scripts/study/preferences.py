@@ -177,26 +177,25 @@ def _of_answers(name: str, path: Path) -> Iterator[str]:
 
 
 def draw(out: Path) -> None:
-    """Held-out margins and forgetting over the steps."""
+    """What each run learnt and what it lost, with intervals of 95 %."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    for name in ("lora", "full", "budget"):
-        folder = out / name
-        if summary(folder) is None:
-            continue
-        for axes, key in ((top, "rewards/margins"), (bottom, "forgetting/own/change")):
-            points = logged(folder, key)
-            axes.plot([step for step, _ in points], [value for _, value in points], "o-", label=name, markersize=3)
-    top.set_ylabel("reward margin of the training pairs")
-    bottom.set_ylabel("change of NLL on its own text,\nnats a token (above 0 is forgotten)")
-    bottom.set_xlabel("optimizer step")
-    for axes in (top, bottom):
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.legend()
+    found = [(name, done["end"]) for name in ("lora", "full", "budget", "shorter") if (done := summary(out / name))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1 + 0.5 * len(found)), sharey=True, layout="constrained")
+    for axes, key in ((left, "val/rewards/margins"), (right, "forgetting/own/change")):
+        for row, (_, end) in enumerate(found):
+            value, low, high = (end[f"{key}{which}"] for which in ("", "_low", "_high"))
+            axes.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color="C0")
+        axes.axvline(0, color="grey", linewidth=0.8)
+    left.set_xlabel("learnt: margin of held-out pairs")
+    right.set_xlabel("lost: change of NLL on its own text, nats a token")
+    right.axvline(math.log1p(BUDGET), color="C3", linestyle="--", linewidth=1, label=f"budget of {BUDGET:.0%}")
+    figure.legend(loc="outside upper right", fontsize=8)
+    left.set_yticks(range(len(found)), [name for name, _ in found])
+    left.set_ylim(len(found) - 0.5, -0.5)
     figure.savefig(out / "preferences.png", dpi=150)
     plt.close(figure)
 
