@@ -141,10 +141,12 @@ def test_resume_is_as_if_never_stopped(ftlit, args, more, tmp_path, monkeypatch)
     "more",
     [
         ["--config", "trainer/ddp", "--model.cache_reference", "true"],
+        ["--config", "trainer/ddp"],
+        ["--config", "trainer/ddp", "--config", "peft/full"],
         ["--config", "trainer/fsdp"],
         ["--config", "trainer/fsdp", "--config", "peft/full"],
     ],
-    ids=["ddp", "fsdp", "fsdp-full"],
+    ids=["ddp-cached", "ddp", "ddp-full", "fsdp", "fsdp-full"],
 )
 def test_two_ranks_equal_one(args, tmp_path, more):
     """Nine rows, four a step: the last step of each epoch is short, and uneven over the ranks."""
