@@ -120,11 +120,11 @@ def findings(out: Path) -> Iterator[str]:
 
 
 def _of_rewards(out: Path) -> Iterator[str]:
-    """Every part, and all of them together: each pair was held out once."""
+    """Every part that is done, and these together: no pair was held out twice."""
     hits, pairs = 0.0, 0
     for number, name in enumerate(REWARDS):
         if (done := summary(out / name)) is None:
-            return
+            continue
         start, end = done["start"], done["end"]
         held = len(json.loads((out / f"held-out-{number}.json").read_text(encoding="utf-8")))
         hits, pairs = hits + end["val/accuracy"] * held, pairs + held
@@ -133,8 +133,9 @@ def _of_rewards(out: Path) -> Iterator[str]:
             f"loss {start['val/loss']:.4f} -> {end['val/loss']:.4f}, "
             f"calibration error {end['val/calibration_error']:.3f}"
         )
-    low, high = wilson(hits, pairs)
-    yield f"reward models together: accuracy {hits / pairs:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs"
+    if pairs:
+        low, high = wilson(hits, pairs)
+        yield f"reward models together: accuracy {hits / pairs:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs"
 
 
 def _of_dpo(name: str, done: dict[str, Any], folder: Path) -> Iterator[str]:
