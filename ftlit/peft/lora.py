@@ -280,7 +280,8 @@ class LoRA(PEFTStrategy):
 
     @override
     def start_settings(self, model: PreTrainedModel) -> str:
-        return repr([(name, layer.scale) for name, layer in self._adapters(model).items() if layer.goes_on])
+        scales = [(name, layer.scale) for name, layer in self._adapters(model).items() if layer.goes_on]
+        return repr(scales) if scales else ""
 
     @override
     def not_between(self, model: PreTrainedModel) -> str | None:

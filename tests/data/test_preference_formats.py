@@ -228,6 +228,14 @@ def test_what_a_prompt_says_before_whole_conversations_is_kept(prompt, begin, ex
         assert answer.given == len(expected)
 
 
+def test_a_history_beside_a_system_column():
+    begin = {"system": "S", "prompt": [ASKED, SAID]}
+    row = begin | {name: [NEXT, one] for name, one in zip(("chosen", "rejected"), ANSWERS, strict=True)}
+    for answer in Pairs()(row).answers:
+        assert [message.turn() for message in answer.messages[: answer.given]] == [RULE, ASKED, SAID, NEXT]
+    assert [message.turn() for message in Pairs().prompt(row).messages] == [RULE, ASKED, SAID, NEXT]
+
+
 def test_a_prompt_of_another_conversation_is_refused():
     with pytest.raises(RowError, match="turns that chosen and rejected begin with"):
         Pairs()({"prompt": "other", "chosen": [NEXT, ANSWERS[0]], "rejected": [NEXT, ANSWERS[1]]})

@@ -117,7 +117,12 @@ class Pairs(PreferenceFormat):
 
     @override
     def prompt(self, row: Mapping[str, Any]) -> Conversation | Completion:
-        if self._prompt(row) is None and row.get("chosen") is not None and row.get("rejected") is not None:
+        given = self._prompt(row)
+        history = isinstance(given, tuple) and given[-1].role in (
+            "assistant",
+            "system",
+        )  # the question is in the answers
+        if (given is None or history) and row.get("chosen") is not None and row.get("rejected") is not None:
             best = self(row).answers[0]
             if isinstance(best, Completion):
                 return best._replace(completion="")
@@ -266,7 +271,8 @@ def _from_prompt(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, .
         missing = turns[0].role != "system" and prompt[0].role == "system"
         return (prompt[0], *turns) if missing else turns
     if prompt[-1].role in ("assistant", "system"):  # a history: what follows is the question
-        return (*prompt, *turns)
+        again = prompt[0].role == "system" and turns[0].role == "system"
+        return (*prompt, *turns[again:])
     raise RowError(
         "prompt",
         "turns that chosen and rejected begin with, or what was said before them (data.columns={prompt: null} leaves "
