@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 
 from ftlit.batch import Answers, Example, Pair
-from ftlit.data.store import Examples, Measures, Stored, Truncate
+from ftlit.data.store import Examples, Measures, Stored, Truncate, begins_with
 
 Rankings = Literal["all", "best"]
 
@@ -155,11 +155,8 @@ class Comparisons(Stored):
             begin, head = int(starts[first]), len(opening)
             if not reason:
                 reason, changes = _cut(first, answers, starts, stops, length, truncate)
-            if (
-                head
-                and begin < starts[first] <= stops[first] - head
-                and list(ids[begin : begin + head]) == list(opening)
-            ):
+            room = begin < starts[first] <= stops[first] - head
+            if head and room and begins_with(ids, begin, opening):
                 ids = ids.copy() if ids is pieces.ids else ids
                 ids[starts[first] : starts[first] + head] = opening
             if not reason and (changes["prompts_cut"] or changes["answers_cut"]):

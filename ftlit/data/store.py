@@ -222,7 +222,7 @@ class Examples(Stored):
         if truncate == "start" and 0 < len(opening) < length and over.any():
             ids, weights, size = ids.copy(), weights.copy(), len(opening)
             for old, start in zip(self.starts[origin][over[origin]], starts[over[origin]], strict=True):
-                if [*self.ids[old : old + size]] == [*opening]:
+                if begins_with(self.ids, old, opening):
                     # What follows the opening now did not follow it in the text: it is not trained either.
                     ids[start : start + size], weights[start : start + size + 1] = opening, 0.0
         more = (array[origin] for array in (self.rows, self.windowed, self.values))
@@ -357,6 +357,11 @@ def measure(examples: Sequence[Example]) -> Measures:
     )
 
 
+def begins_with(ids: np.ndarray, start: int, opening: Sequence[int]) -> bool:
+    """Whether some tokens are those from a place on."""
+    return [*ids[start : start + len(opening)]] == [*opening]
+
+
 def check_truncate(value: str) -> None:
     """Refuses what is no way to truncate.
 
@@ -367,4 +372,4 @@ def check_truncate(value: str) -> None:
         raise ConfigError(f"data.truncate must be end, start or drop, got {value!r}.")
 
 
-__all__ = ["Examples", "Joined", "Measures", "Stored", "Truncate", "check_truncate", "measure"]
+__all__ = ["Examples", "Joined", "Measures", "Stored", "Truncate", "begins_with", "check_truncate", "measure"]

@@ -152,9 +152,10 @@ class Rollouts:
             stage.rewards.to(stage.device)
             with isolate_rng(), _plain(stage.device):
                 self._seed_rewards()
-                texts = [self.text(one) for one in answers]
-                plain = [None if row.plain is None else (row.plain, self.text(one, strip=False))
-                         for row, one in zip(repeated, answers, strict=True)]  # fmt: skip
+                whole = [self._decoded(one) for one in answers]
+                plain = [None if row.plain is None else (row.plain, text)
+                         for row, text in zip(repeated, whole, strict=True)]  # fmt: skip
+                texts = [text.strip() for text in whole]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain)
         return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
 
@@ -166,10 +167,12 @@ class Rollouts:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def text(self, answer: Answer, strip: bool = True) -> str:
+    def _decoded(self, answer: Answer) -> str:
+        return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+
+    def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""
-        text = str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-        return text.strip() if strip else text
+        return self._decoded(answer).strip()
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards

@@ -118,11 +118,7 @@ class Pairs(PreferenceFormat):
     @override
     def prompt(self, row: Mapping[str, Any]) -> Conversation | Completion:
         given = self._prompt(row)
-        history = isinstance(given, tuple) and given[-1].role in (
-            "assistant",
-            "system",
-        )  # the question is in the answers
-        if (given is None or history) and row.get("chosen") is not None and row.get("rejected") is not None:
+        if (given is None or _is_history(given)) and row.get("chosen") is not None and row.get("rejected") is not None:
             best = self(row).answers[0]
             if isinstance(best, Completion):
                 return best._replace(completion="")
@@ -150,13 +146,13 @@ class Ranking(PreferenceFormat):
         prompt = self._prompt(row)
         if prompt is None:
             raise RowError("prompt", "text or a list of messages", None)
+        places: tuple[int, ...] = ()
         grades = [float(len(answers) - place) for place in range(len(answers))]
         if row.get("scores") is not None:
             grades = _scores(row["scores"], len(answers))
-            order = sorted(range(len(answers)), key=lambda place: -grades[place])
-            answers, grades = [answers[place] for place in order], [grades[place] for place in order]
-            return _comparison(prompt, answers, tuple(grades), row)._replace(places=tuple(order))
-        return _comparison(prompt, answers, tuple(grades), row)
+            places = tuple(sorted(range(len(answers)), key=lambda place: -grades[place]))
+            answers, grades = [answers[place] for place in places], [grades[place] for place in places]
+        return _comparison(prompt, answers, tuple(grades), row)._replace(places=places)
 
 
 class Labelled(PreferenceFormat):
@@ -256,6 +252,11 @@ def _comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...]
     return Comparison(tuple(whole), grades, weight=weight)
 
 
+def _is_history(prompt: Prompt) -> bool:
+    """Whether a prompt is what was said before, and the question follows in the answers."""
+    return isinstance(prompt, tuple) and prompt[-1].role in ("assistant", "system")
+
+
 def _from_prompt(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """A conversation with what its prompt has before it; most begin with the whole prompt.
 
@@ -270,7 +271,7 @@ def _from_prompt(prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, .
     if plain[: len(said)] == said:
         missing = turns[0].role != "system" and prompt[0].role == "system"
         return (prompt[0], *turns) if missing else turns
-    if prompt[-1].role in ("assistant", "system"):  # a history: what follows is the question
+    if _is_history(prompt):
         again = prompt[0].role == "system" and turns[0].role == "system"
         return (*prompt, *turns[again:])
     raise RowError(
