@@ -1,4 +1,4 @@
-"""The answers of rollouts, for people: `rollouts.jsonl`, and a table of W&B."""
+"""The answers of rollouts, for people: `rollouts.jsonl`, and a table of W&B; of a test alone: `test-answers.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _TABLE = ("step", "set", "prompt", "answer", "reward", "tokens", "ended")
 class RolloutSamples(L.Callback):
     """Writes the answers that a rollout or a validation brought, with their rewards, to the run folder.
 
+    `ftlit validate` and `ftlit test` write all of theirs, to `validate-answers.jsonl` and `test-answers.jsonl`.
+
     Args:
-        rows: Most answers of each rollout, and of each validation set; the first of them.
+        rows: Most answers of each rollout, and of each validation set of a training run; the first of them.
     """
 
     def __init__(self, rows: int = 16) -> None:
@@ -37,9 +39,21 @@ class RolloutSamples(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keeps the answers to the held-out prompts."""
-        if trainer.state.fn == "fit" and not (trainer.sanity_checking and trainer.ckpt_path):
+        if trainer.state.fn != "fit":
+            self._write_all(trainer, pl_module)
+        elif not (trainer.sanity_checking and trainer.ckpt_path):
             self._keep(trainer, pl_module)
         pl_module.rollouts.samples.clear()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Writes the answers to the test prompts."""
+        self._write_all(trainer, pl_module)
+        pl_module.rollouts.samples.clear()
+
+    def _write_all(self, trainer: L.Trainer, stage: Any) -> None:
+        if trainer.is_global_zero:
+            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in stage.rollouts.samples)
+            write_text(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}-answers.jsonl", text)
 
     def _keep(self, trainer: L.Trainer, stage: Any) -> None:
         records, seen = [], dict[str, int]()
@@ -57,10 +71,13 @@ class RolloutSamples(L.Callback):
         self._wrote = True
         with path.open("a", encoding="utf-8") as file:
             file.write(lines)
-        rows = [[_text(record["prompt"]) if key == "prompt" else record[key] for key in _TABLE] for record in records]
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):
-                logger.log_table(key="rollouts", columns=list(_TABLE), data=rows, step=trainer.global_step)
+        for name in seen:  # a rollout and the validations of one step have tables of their own
+            some = [record for record in records if record["set"] == name]
+            columns = [*_TABLE, *(key for key in some[0] if key.startswith("reward/"))]
+            rows = [[_text(one["prompt"]) if key == "prompt" else one[key] for key in columns] for one in some]
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_table"):
+                    logger.log_table(key=f"rollouts/{name}", columns=columns, data=rows, step=trainer.global_step)
 
     def _before(self, path: Path) -> list[str]:
         """Whole lines of what a run that goes on has behind it; a killed run may have torn its last."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ftlit.batch import Example
 from ftlit.data.datamodules import SFTData, as_conversation
-from ftlit.data.formats import Completion, Conversation, Message, Record, RowFormat
+from ftlit.data.formats import Completion, Conversation, Message, Record, RowFormat, Text
 from ftlit.data.sources import Source
 from ftlit.errors import ConfigError, DataError
 
@@ -32,6 +32,7 @@ class PromptRow(NamedTuple):
         source: Where the row comes from.
         number: Its number there.
         plain: The prompt as text, where no template is put around it.
+        tools: The tools that the chat template is handed, if any.
     """
 
     input_ids: list[int]
@@ -41,6 +42,7 @@ class PromptRow(NamedTuple):
     source: Source
     number: int
     plain: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -79,18 +81,18 @@ class PromptOrder:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         return torch.randperm(self.num_prompts, generator=generator).tolist()
 
-    def rollout(self, number: int) -> list[tuple[int, int]]:
+    def rollout(self, start: int) -> list[tuple[int, int]]:
         """The prompts of a rollout.
 
         Args:
-            number: Which, 0 is the first.
+            start: How many prompts the run has taken before.
 
         Returns:
             For each its place in the endless row, which no other prompt of the run has, and the number of its row.
         """
         known, order = -1, list[int]()
         out = []
-        for place in range(number * self.per_rollout, (number + 1) * self.per_rollout):
+        for place in range(start, start + self.per_rollout):
             epoch, index = divmod(place, self.num_prompts)
             if epoch != known:
                 known, order = epoch, self.order(epoch)
@@ -249,12 +251,13 @@ class PromptData(SFTData):
     def _row(self, source: Source, index: int) -> PromptRow:
         record = self._record(source, index)
         with source.at(index):
-            messages, ids = as_conversation(record).messages, self.template.prompt_of(record)
+            turns, ids = as_conversation(record), self.template.prompt_of(record)
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        plain = record.prompt if isinstance(record, Completion) else None
-        return PromptRow(ids, messages, reference, columns, source, index, plain)
+        plain = {Completion: "prompt", Text: "text"}.get(type(record))
+        text = None if plain is None else getattr(record, plain)
+        return PromptRow(ids, turns.messages, reference, columns, source, index, text, turns.tools)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:
         """Makes a set of the rows that are short enough, and counts it."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from ftlit.batch import Example, pack
 from ftlit.data.formats import Completion, Conversation, Message, Text
 from ftlit.data.labels import LabelTemplate, shortened
+from ftlit.data.sources import with_system
 from ftlit.errors import ConfigError, nearest
 from ftlit.export.opening import Opened, is_run, open_model
 from ftlit.models.heads import ScalarPolicy, prepare_classifier, rated
@@ -152,8 +154,8 @@ def open_classifier(name: str, base: str | None = None, which: str = "last", tru
 class RewardScorer(Verifier):
     """Rates answers with a trained reward model, or any sequence classifier of transformers.
 
-    The model reads the prompt and the answer through its own tokenizer and chat template, whatever the policy has. Its
-    weights are loaded when it is first used.
+    The model reads the prompt and the answer through its own tokenizer and chat template, whatever the policy has, and
+    with the system turn of its own training where there is none. Its weights are loaded when it is first used.
 
     Args:
         model: A run of `RewardModel` or `Classification`, an exported folder, an adapter folder with a head, or the hub
@@ -186,6 +188,8 @@ class RewardScorer(Verifier):
         self._device: torch.device | str = "cpu"
         self._scorer: SequenceScorer | None = None
         self._output = 0
+        self._system: str | None = None
+        self._told = False
 
     def to(self, device: torch.device | str) -> RewardScorer:
         """Moves the model to a device, now or when it is loaded."""
@@ -204,7 +208,7 @@ class RewardScorer(Verifier):
         if self._scorer is None:
             opened = open_classifier(self.model, trust_remote_code=self.trust_remote_code)
             scorer = SequenceScorer(opened, self.max_length, "start", self.max_tokens)
-            self._output = self._number(scorer.outputs)
+            self._output, self._system = self._number(scorer.outputs), opened.system
             scorer.lm.to(self._device)
             self._scorer = scorer
         return self._scorer
@@ -232,18 +236,32 @@ class RewardScorer(Verifier):
             prompts: The turns before each answer (messages, or mappings with role and content), of which the answer
                 becomes the assistant's turn; or a text, which the answer goes on from.
             completions: The answers.
-            columns: Not read.
+            columns: `tools`, which the chat template is handed, if there are any; others are not read.
         """
-        contents = [_content(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        return self.scorer(contents)[:, self._output].tolist() if contents else []
+        if not completions:
+            return []
+        scorer, tools = self.scorer, columns.get("tools") or [None] * len(completions)
+        contents = [
+            self._content(prompt, text, given) for prompt, text, given in zip(prompts, completions, tools, strict=True)
+        ]
+        scores = scorer(contents)[:, self._output].tolist()
+        if scorer.shortened and not self._told:
+            self._told = True
+            rank_zero_only(print)(
+                f"note       {self.model} reads {scorer.max_length} tokens: {scorer.shortened} of {len(contents)} "
+                "texts are longer and lose their start",
+                flush=True,
+            )
+        return scores
 
-
-def _content(prompt: str | Sequence[Any], completion: str) -> Content:
-    """A prompt with its answer."""
-    if isinstance(prompt, str):
-        return Completion(prompt, completion)
-    turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
-    return Conversation((*turns, Message("assistant", completion)))
+    def _content(self, prompt: str | Sequence[Any], completion: str, tools: Any) -> Content:
+        """A prompt with its answer."""
+        if isinstance(prompt, str):
+            return Completion(prompt, completion)
+        turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
+        given = tuple(tools) if tools and isinstance(tools, list | tuple) else None
+        made: Any = with_system(Conversation((*turns, Message("assistant", completion)), given), self._system)
+        return made
 
 
 def _message(turn: Any) -> Message:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from ftlit.batch import Example
+from ftlit.data.prompts import PromptData
 from ftlit.data.store import measure
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError
@@ -39,7 +40,8 @@ class ForgettingProbe(ForgettingControl):
     tokens whose likeliest choice is that of the start). Over all: `forgetting/worst/change` of the domain that lost
     most; `forgetting/weights/change`, the relative change of the weights; and the same as for a domain as
     `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
-    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259). `ftlit fit` ends with a table and two pictures of them.
+    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259); held-out prompts that have no answers are answered by
+    the start model for it. `ftlit fit` ends with a table and two pictures of them.
 
     It only looks: training is bitwise the same with and without. Ranks share the documents. Of several probes, such as
     a small one that measures often and a large one for the end, the first in the list measures target and weights too;
@@ -203,8 +205,17 @@ class ForgettingProbe(ForgettingControl):
         return documents
 
     def _target(self, stage: Stage, data: Any) -> Documents | None:
-        """A few of the run's own validation rows; None without any."""
-        examples = data.sets.get(f"validation:{stage.judged_on}")  # prompts without answers have none
+        """A few of the run's own validation rows; None without any.
+
+        Held-out prompts that have no answers get those of the start model.
+        """
+        held_out = f"validation:{stage.judged_on}"
+        examples: Sequence[Example] | None = data.sets.get(held_out)
+        if examples is None and isinstance(data, PromptData) and held_out in data.rows:
+            prompts = [row.input_ids for row in data.rows[held_out]]
+            upto = np.cumsum([len(prompt) + self.own_new_tokens for prompt in prompts])
+            prompts = prompts[: max(1, int(np.searchsorted(upto, self.max_tokens // 4, side="right")))]
+            examples = own_text(stage, prompts, len(prompts), max_new_tokens=self.own_new_tokens, seed=self.seed)
         return None if examples is None else _first(examples, self.max_tokens // 4)
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -235,17 +236,21 @@ def longest_exact(lm: PreTrainedModel) -> int | None:
 
 def has_dropout(lm: nn.Module) -> bool:
     """Whether a module drops anything at random while training."""
-    chances = [getattr(module, name, 0.0) for module in lm.modules() for name in ("p", "dropout", "attention_dropout")]
-    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+    return any(chance > 0 for module in lm.modules() for chance in _chances(module).values())
+
+
+def _chances(module: nn.Module) -> dict[str, float]:
+    """The chances of a module to drop something, by attribute: every model has names of its own for them."""
+    said = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+    return {name: value for name, value in said.items() if name == "p" or re.search(r"dropout|layerdrop|pdrop", name)}
 
 
 def disable_dropout(policy: Policy | ScalarPolicy) -> bool:
     """Sets every chance of dropping something to 0; returns whether one was not."""
     found = has_dropout(policy)
     for module in policy.modules():
-        for name in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in _chances(module):
+            setattr(module, name, 0.0)
     policy.draws = False
     return found
 

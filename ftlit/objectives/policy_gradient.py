@@ -15,6 +15,8 @@ from typing_extensions import override
 from ftlit.errors import ConfigError
 from ftlit.objectives.advantages import sums
 
+_FARTHEST = 20.0  # nats: what is further has no gradient
+
 Reduction = Literal["token", "sequence", "constant"]
 """What counts alike: every token; every answer, whatever its length; every token of answers of one length."""
 
@@ -73,7 +75,7 @@ class PPOClip(PolicyLoss):
 
     @override
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, owners: Tensor) -> TokenLoss:
-        return clipped_loss((logps - old_logps).exp(), advantages, self.low, self.high)
+        return clipped_loss(ratios_of(logps - old_logps), advantages, self.low, self.high)
 
 
 class DAPO(PPOClip):
@@ -125,7 +127,7 @@ class GSPO(PolicyLoss):
         apart = sums(logps - old_logps, owners, number)
         if self.length_normalized:
             apart = apart / sums(torch.ones_like(logps), owners, number).clamp(min=1)
-        return clipped_loss(apart.exp()[owners], advantages, self.low, self.high)
+        return clipped_loss(ratios_of(apart)[owners], advantages, self.low, self.high)
 
 
 class CISPO(PolicyLoss):
@@ -147,6 +149,11 @@ class CISPO(PolicyLoss):
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, owners: Tensor) -> TokenLoss:
         ratios = (logps.detach() - old_logps).exp()
         return TokenLoss(-ratios.clamp(max=self.max_ratio) * advantages * logps, ratios > self.max_ratio)
+
+
+def ratios_of(log_ratios: Tensor) -> Tensor:
+    """`exp` without overflow: the product of a long answer's ratios may, and infinity times 0 is no gradient."""
+    return log_ratios.clamp(-_FARTHEST, _FARTHEST).exp()
 
 
 def clipped_loss(ratios: Tensor, advantages: Tensor, low: float, high: float) -> TokenLoss:

@@ -29,6 +29,7 @@ class RolloutLoader:
         seed: Seed of the order of the minibatches from the second time on.
         experience: The rollout that a run goes on in; None at its beginning.
         first: Number of the first rollout to draw.
+        before: Tokens that the run has trained before it.
         added: Cuts the rows that controls add into micro-batches.
     """
 
@@ -41,11 +42,13 @@ class RolloutLoader:
         seed: int = 0,
         experience: Experience | None = None,
         first: int = 0,
+        before: int = 0,
         added: Added | None = None,
     ) -> None:
         self.collect, self.taken, self.length = collect, taken, length
         self.update_epochs, self.seed, self.added = update_epochs, seed, added
         self.experience, self._next = experience, first if experience is None else experience.number + 1
+        self._before = before
 
     def __len__(self) -> int:
         return self.length
@@ -55,7 +58,7 @@ class RolloutLoader:
         for _ in range(self.length):
             present = self.experience
             if present is None or present.cut or self._place(present) >= self.update_epochs * len(present.steps):
-                trained = 0 if present is None else self._trained(present, self._place(present))
+                trained = self.trained
                 present = self.experience = self.collect(self._next)
                 present.trained = trained
                 self._next += 1
@@ -67,6 +70,12 @@ class RolloutLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing: the stage hands over the rollout to go on in."""
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the run has trained so far, on all ranks."""
+        present = self.experience
+        return self._before if present is None else self._trained(present, self._place(present))
 
     def _place(self, present: Experience) -> int:
         return self.taken() - present.first_step

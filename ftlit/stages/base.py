@@ -291,8 +291,11 @@ class Stage(Evaluated):
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         factors = dict.fromkeys(trained, 1.0)
         if self.policy is not None:
-            layers = int(self.policy.lm.config.num_hidden_layers) if self.layer_decay != 1 else 0
-            factors = layer_factors(trained, layers, self.layer_decay)
+            for root, child in self.named_children():  # a value model may have another depth
+                lm = getattr(child, "lm", None)
+                layers = int(lm.config.num_hidden_layers) if lm is not None and self.layer_decay != 1 else 0
+                own = [name for name in trained if name.startswith(f"{root}.")]
+                factors |= layer_factors(own, layers, self.layer_decay)
         factors = {name: factor * self.lr_factor(name) for name, factor in factors.items()}
         return parameter_groups(trained, factors, self.decay_all)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import lightning as L
 import torch
@@ -44,11 +44,25 @@ from ftlit.peft import Full, PEFTStrategy
 from ftlit.rollout.experience import Experience
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
 from ftlit.rollout.loader import Added, RolloutLoader
-from ftlit.rollout.rewards import Rewards, RewardShaping
+from ftlit.rollout.rewards import Rewards, RewardShaping, RunningMoments
 from ftlit.rollout.verifiers import Verifier
 from ftlit.stages.base import MicroLoss, Stage
 from ftlit.stages.held_out import HeldOut
 from ftlit.stages.rollouts import Rollouts
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        experience: The rollout that it is in; None: between two.
+        first: Number of the rollout that it draws then.
+        trained: Tokens trained before that.
+    """
+
+    experience: Experience | None = None
+    first: int = 0
+    trained: int = 0
 
 
 class PPO(Stage):
@@ -63,7 +77,8 @@ class PPO(Stage):
         shaping: Clipping, whitening, terms of end and length.
         advantage: How rewards become advantages: `GAE` (with a value head, when left out), `GRPO`, `RLOO`, `ReMax`.
         loss: The policy's loss: `PPOClip` when left out, `DAPO`, `DrGRPO`, `GSPO`, `CISPO`.
-        kl: The penalty on the distance from the start of the run.
+        kl: The penalty on the distance from the start of the run; with prefix and prompt tuning from the model without
+            virtual tokens, so that it does not begin at 0.
         num_answers: Answers to each prompt.
         update_epochs: How often a rollout is gone through.
         num_minibatches: Optimizer steps each time; the answers to one prompt stay in one.
@@ -82,7 +97,7 @@ class PPO(Stage):
             language model (the policy's again, say) or of a reward model, with the policy's tokenizer.
         value_peft: What of it is trained; every weight when left out.
         target_kl: Policies further than this from the one that drew (`policy/approxkl`, nats a token) end the update;
-            the next step begins a new rollout. None: never.
+            the step that finds it is taken, the next begins a new rollout. None: never.
         kwargs: Arguments of every stage.
 
     Raises:
@@ -137,7 +152,7 @@ class PPO(Stage):
         self.critic: ValueHead | ValueModel | None = None
         self.rollouts, self.held_out = Rollouts(self), HeldOut(self)
         self.loader: RolloutLoader | None = None
-        self._resumed: tuple[Experience | None, int] = (None, 0)
+        self._resumed = Resumed()
 
     def _check(self) -> None:
         least = self.advantage.least_answers
@@ -176,15 +191,16 @@ class PPO(Stage):
         """Loads the policy, remembers its start, and adds a value head where the advantage needs one."""
         there = self.policy is not None
         super().configure_model()
-        if there:
-            return
         assert self.policy is not None
+        if there:
+            self._check_room()
+            return
         if disable_dropout(self.policy):
             rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
-        self._check_room()
         self.strategy.remember_start(self.policy.lm)
         if self.advantage.uses_values:
             self.critic = self._make_critic()
+        self._check_room()
 
     def _check_room(self) -> None:
         """Refuses answers that would go beyond the model: some models break there, others answer nonsense."""
@@ -192,7 +208,8 @@ class PPO(Stage):
         rows = getattr(getattr(self._trainer, "datamodule", None), "rows", {})
         longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
         own = getattr(self.policy.lm.config, "max_position_embeddings", None)
-        most = min((limit for limit in (own, self.policy.longest) if limit), default=None)
+        limits = [own, self.policy.longest, getattr(self.critic, "longest", None)]
+        most = min((limit for limit in limits if limit), default=None)
         room = None if most is None else most - longest - getattr(self.strategy, "num_virtual_tokens", 0)
         if room is not None and self.sampling.max_new_tokens > room:
             raise ConfigError(
@@ -237,7 +254,10 @@ class PPO(Stage):
     def setup(self, stage: str) -> None:
         """Checks that the data are prompts, and enough of them."""
         super().setup(stage)
-        self.loader, self._resumed = None, (None, 0)
+        self.loader = None
+        if stage == "fit":  # it may have been trained before
+            self.rollouts, self._resumed = Rollouts(self), Resumed()
+            self.rewards.running = RunningMoments()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptData):
             raise ConfigError(f"PPO trains on prompts: use PromptData, not {type(data).__name__}.")
@@ -267,14 +287,13 @@ class PPO(Stage):
     def rollout_loader(self) -> RolloutLoader:
         """What the data module yields for training."""
         if self.loader is not None and self.loader.experience is not None:  # asked again: the run goes on
-            self._resumed = self.loader.experience, 0
-        experience, first = self._resumed
+            self._resumed = Resumed(self.loader.experience)
         added = None
         if self.data.added_rows:
             added = Added(self.data.added_rows, self.data.max_tokens, self.trainer.global_rank, self.trainer.world_size)
         self.loader = RolloutLoader(
             self.rollouts.collect, lambda: self.trainer.global_step, self.plan_length(self.data), self.update_epochs,
-            self.data.seed, experience, first, added,
+            self.data.seed, *self._resumed, added,
         )  # fmt: skip
         return self.loader
 
@@ -383,6 +402,8 @@ class PPO(Stage):
         present = None if self.loader is None else self.loader.experience
         checkpoint["ppo"] = {
             "rollouts": self.rollouts.gather(None if present is None else present.state_dict()),
+            "taken": self.rollouts.taken,
+            "trained": 0 if self.loader is None else self.loader.trained,
             "kl_coef": self.rollouts.kl_coef,
             "running": self.rewards.running.state_dict(),
             "seconds": dict(self.rollouts.seconds),
@@ -390,19 +411,27 @@ class PPO(Stage):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on in the same rollout; with another number of ranks at the beginning of the next."""
+        """Goes on in the same rollout; with another number of ranks at the beginning of the next.
+
+        Raises:
+            ConfigError: If it is of another stage.
+        """
         super().on_load_checkpoint(checkpoint)
+        if "ppo" not in checkpoint:
+            raise ConfigError("this checkpoint is not of PPO: start from its weights with --model.policy instead.")
         own = checkpoint["ppo"]
-        self.rollouts.kl_coef = own["kl_coef"]
+        if self.kl.target is not None:  # else what is given counts
+            self.rollouts.kl_coef = own["kl_coef"]
+        self.rollouts.taken = own["taken"]
         self.rollouts.seconds, self.rollouts.metrics = dict(own["seconds"]), dict(own["metrics"])
         self.rewards.running.load_state_dict(own["running"])
         ranks = own["rollouts"]
         if self._trainer is None or ranks[0] is None:
             return
         if len(ranks) == self._trainer.world_size:
-            self._resumed = (Experience.from_state(ranks[self._trainer.global_rank]), 0)
+            self._resumed = Resumed(Experience.from_state(ranks[self._trainer.global_rank]))
         else:
-            self._resumed = (None, ranks[0]["number"] + 1)
+            self._resumed = Resumed(None, ranks[0]["number"] + 1, own["trained"])
             rank_zero_only(print)("note       another number of ranks: the run goes on with a new rollout", flush=True)
 
 

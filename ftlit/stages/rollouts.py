@@ -55,6 +55,7 @@ class Rollouts:
 
     Attributes:
         kl_coef: The present weight of the KL penalty.
+        taken: Prompts that the run has taken so far, on all ranks.
         metrics: What was measured of the present rollout.
         seconds: Time spent so far on drawing, rewarding, scoring and updating.
         samples: Answers for people that are not written yet.
@@ -62,7 +63,7 @@ class Rollouts:
 
     def __init__(self, stage: PPO) -> None:
         self._stage = (stage,)  # a tuple, so that it is no child
-        self.kl_coef = stage.kl.coef
+        self.kl_coef, self.taken = stage.kl.coef, 0
         self.metrics: dict[str, float] = {}
         self.seconds = dict.fromkeys(("rollout", "rewards", "scoring", "update"), 0.0)
         self.samples: list[dict[str, Any]] = []
@@ -76,12 +77,16 @@ class Rollouts:
         """One rollout of training.
 
         Args:
-            number: Which of the run; it decides the prompts and all that is drawn.
+            number: Which of the run.
         """
         stage, trainer = self.stage, self.stage.trainer
-        prompts = stage.order.rollout(number)
+        prompts = stage.order.rollout(self.taken)
+        self.taken += len(prompts)
         parts = [prompts[m :: stage.num_minibatches] for m in range(stage.num_minibatches)]
-        mine = [part[trainer.global_rank :: trainer.world_size] for part in parts]
+        # Another rank is the first of each minibatch, so that what is left over does not all fall to one.
+        mine = [
+            part[(trainer.global_rank - m) % trainer.world_size :: trainer.world_size] for m, part in enumerate(parts)
+        ]
         numbers = [row for part in mine for _, row in part]
         rows = [stage.data.rows["train"][row] for row in numbers]
         with self._timed("rollout"):
@@ -94,8 +99,9 @@ class Rollouts:
             greedy = self.rewarded(rows, numbers, likeliest) if stage.advantage.uses_greedy else None
         found = made.experience
         found.number, found.first_step = number, trainer.global_step
-        with self._timed("scoring"):
+        with self._timed("rollout"):  # here ranks wait for the one that drew longest
             self._cut(found, [len(part) for part in mine])
+        with self._timed("scoring"):
             tokens = self.score(found, [micro for step in found.steps for micro in step])
             self._estimate(made, tokens, greedy)
         self.keep("train", made)
@@ -142,8 +148,10 @@ class Rollouts:
         owners = [place * len(rows) // len(answers) for place in range(len(answers))]
         repeated = [rows[owner] for owner in owners]
         names = sorted({name for row in repeated for name in row.columns})
-        columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
+        columns: dict[str, list[Any]] = {"reference": [row.reference and row.reference.strip() for row in repeated]}
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
+        if any(row.tools for row in repeated):
+            columns["tools"] = [row.tools for row in repeated]
         tokens, said = (
             [one.drawn for one in answers],
             Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0)),
@@ -152,7 +160,7 @@ class Rollouts:
             stage.rewards.to(stage.device)
             with isolate_rng(), _plain(stage.device):
                 self._seed_rewards()
-                whole = [self._decoded(one) for one in answers]
+                whole = [self._decoded(one, row) for one, row in zip(answers, repeated, strict=True)]
                 plain = [None if row.plain is None else (row.plain, text)
                          for row, text in zip(repeated, whole, strict=True)]  # fmt: skip
                 texts = [text.strip() for text in whole]
@@ -167,8 +175,15 @@ class Rollouts:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def _decoded(self, answer: Answer) -> str:
-        return str(self.stage.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+    def _decoded(self, answer: Answer, row: PromptRow | None = None) -> str:
+        """An answer as text; where it goes on from a text, with the space between them, which some tokenizers drop."""
+        decode = self.stage.tokenizer.decode
+        if row is not None and row.plain is not None:
+            before, both = (str(decode(ids, skip_special_tokens=True))
+                            for ids in (row.input_ids, [*row.input_ids, *answer.tokens]))  # fmt: skip
+            if both.startswith(before):
+                return both[len(before) :]
+        return str(decode(answer.tokens, skip_special_tokens=True))
 
     def text(self, answer: Answer) -> str:
         """An answer as the rewards read it."""

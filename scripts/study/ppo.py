@@ -3,8 +3,9 @@
     python scripts/study/ppo.py run    --model FOLDER [--only NAME ...] [--jobs 2]
     python scripts/study/ppo.py report
 
-The reward is `brief.brief`: what is asked about must be named in at most 12 words. The start model answers in long
-sentences. Questions about things that no training prompt names are held out and answered greedily.
+The reward is `brief.brief`: what is asked about must be named in at most 12 words. The start model takes about 19.
+Questions about things that no training prompt names are held out and answered greedily. The penalty on the distance
+from the start is steered to 3 nats an answer; `free` is PPO without it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 from runs import callback, command_line, fit_all, logged, show, summary
 
-RUNS = ("ppo-0", "ppo-1", "ppo-2", "grpo", "rloo")
-ROLLOUTS, EVERY = 20, 5
+RUNS = ("ppo-0", "ppo-1", "ppo-2", "free", "grpo", "rloo")
+ROLLOUTS, ANSWERS, EVERY = 20, 48, 5
 THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
+TARGET = 3  # nats an answer
 HELD_OUT = 5  # every fifth thing
+ASKED = "Answer in one short sentence."
 
 
 def grid(model: str, out: Path) -> dict[str, tuple[str, ...]]:
@@ -33,31 +36,39 @@ def grid(model: str, out: Path) -> dict[str, tuple[str, ...]]:
     held_out = _prompts(out / "held_out.jsonl", THINGS[::HELD_OUT])
     found = {}
     for name in RUNS:
-        config, _, seed = name.partition("-")
+        config, _, seed = name.replace("free", "ppo").partition("-")
         answers, epochs = (1, 2) if config == "ppo" else (4, 1)
         steps = _steps(name)
-        steered = ("--model.kl.rate", "0.5") if config == "ppo" else ()  # 0.1 moves too little in 20 rollouts
+        free, held = {"coef": 0, "target": "null"}, {"target": TARGET, "rate": 0.5}  # 0.1 is slow for 20 rollouts
+        kl = [f"--model.kl.{key}={value}" for key, value in (free if name == "free" else held).items()]
         found[name] = (
             *("--config", config, "--config", "peft/lora", "--model.policy", model, "--model.reward", "brief.brief"),
             *("--seed_everything", seed or "0", "--data.seed", seed or "0", "--trainer.precision", "bf16-mixed"),
-            *("--data.train", str(train), "--data.validation", str(held_out), "--data.batch_size", str(24 // answers)),
-            *("--data.max_tokens", "2048", "--model.num_answers", str(answers), "--model.max_new_tokens", "48"),
-            *("--model.update_epochs", str(epochs), "--model.num_minibatches", "2", *steered),
-            *("--model.lr", "1e-4", "--trainer.max_steps", str(ROLLOUTS * steps), "--trainer.max_epochs", "-1"),
+            *("--data.train", str(train), "--data.validation", str(held_out), "--data.max_tokens", "2048"),
+            *(
+                "--data.batch_size",
+                str(ANSWERS // answers),
+                "--model.num_answers",
+                str(answers),
+                "--model.max_new_tokens",
+                "48",
+            ),
+            *("--model.update_epochs", str(epochs), "--model.num_minibatches", "2", *kl),
+            *("--model.lr", "3e-4", "--trainer.max_steps", str(ROLLOUTS * steps), "--trainer.max_epochs", "-1"),
             *("--trainer.val_check_interval", str(EVERY * steps), "--trainer.check_val_every_n_epoch", "null"),
             *callback("ForgettingProbe", {"domains": "{own: self}", "max_tokens": 4096, "own_rows": 160}),
-            *("--trainer.callbacks.own_new_tokens=64", "--trainer.callbacks.kl=false"),
+            "--trainer.callbacks.own_new_tokens=64",
         )
     return found
 
 
 def _steps(name: str) -> int:
     """Optimizer steps of a rollout."""
-    return 4 if name.startswith("ppo") else 2
+    return 2 if name in ("grpo", "rloo") else 4
 
 
 def _prompts(path: Path, things: list[str]) -> Path:
-    turns = [[{"role": "user", "content": f"What is {_article(thing)} {thing}?"}] for thing in things]
+    turns = [[{"role": "user", "content": f"What is {_article(thing)} {thing}? {ASKED}"}] for thing in things]
     rows = [{"messages": turn, "keyword": thing} for turn, thing in zip(turns, things, strict=True)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
@@ -81,7 +92,8 @@ def findings(out: Path) -> Iterator[str]:
             f"{name}: {done['seconds'] / 60:.1f} minutes, {done['optimizer_steps']} steps; held out: reward "
             f"{start['val/reward']:.3f} -> {end['val/reward']:.3f}, length {start['val/length']:.0f} -> "
             f"{end['val/length']:.0f} tokens, ended {start['val/ended']:.0%} -> {end['val/ended']:.0%}, "
-            f"KL {end['val/kl']:.2f} nats an answer; own text {end['forgetting/own/change']:+.4f} nats a token"
+            f"KL {end['val/kl']:.2f} nats an answer; own text {end['forgetting/own/change']:+.4f} nats a token, "
+            f"KL {end['forgetting/own/kl']:.3f}, on the held-out prompts {end['forgetting/target/kl']:.3f} nats a token"
         )
         kl, coef = ([value for _, value in logged(out / name, f"objective/{key}")] for key in ("kl", "kl_coef"))
         yield (
@@ -127,7 +139,7 @@ def draw(out: Path) -> None:
     for one, label in zip(axes, labels, strict=True):
         one.set_ylabel(label)
     axes[0].legend()
-    axes[-1].set_xlabel("rollouts of 24 answers")
+    axes[-1].set_xlabel(f"rollouts of {ANSWERS} answers")
     figure.savefig(out / "rewards.png", dpi=150)
     plt.close(figure)
 

@@ -15,11 +15,11 @@ from ftlit.testing import tiny_tokenizer
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(1, 12), st.booleans())
 def test_every_prompt_comes_once_an_epoch_whatever_the_rollouts(prompts, size, rollouts, shuffle):
     order = PromptOrder(prompts, size, shuffle, seed=3)
-    stream = [pair for number in range(rollouts) for pair in order.rollout(number)]
+    stream = [pair for number in range(rollouts) for pair in order.rollout(number * size)]
     assert [place for place, _ in stream] == list(range(rollouts * size))
     assert [row for _, row in stream] == [order.order(p // prompts)[p % prompts] for p in range(rollouts * size)]
     assert all(sorted(order.order(epoch)) == list(range(prompts)) for epoch in range(3))
-    covered = Counter(row for number in range(len(order)) for _, row in order.rollout(number))
+    covered = Counter(row for number in range(len(order)) for _, row in order.rollout(number * size))
     assert set(covered) == set(range(prompts))
     if not shuffle:
         assert order.order(5) == list(range(prompts))

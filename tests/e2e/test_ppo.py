@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def arguments(tmp_path, rows, tiny_model_folder):
             *more,
         ]
 
+    made.rows = rows
     return made
 
 
@@ -113,9 +115,16 @@ def test_a_shipped_config_trains_and_says_what_it_does(ftlit, arguments, config)
     assert exported.keys() == kept.keys()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in exported.items())
     assert ftlit("validate", "--config", "r/config.yaml", "--run", "r") == 0, ftlit.err
+    kept = [json.loads(line) for line in Path("r/validate-answers.jsonl").read_text().split("\n") if line]
+    assert len(kept) == 3
+    shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
+    assert shown == pytest.approx(sum(one["reward"] for one in kept) / 3, abs=1e-6)
+    assert ftlit("test", "--config", "r/config.yaml", "--run", "r", "--data.test", arguments.rows) == 0, ftlit.err
+    tested = [json.loads(line) for line in Path("r/test-answers.jsonl").read_text().split("\n") if line]
+    assert len(tested) == 12
+    assert {one["set"] for one in tested} == {"test"}
     assert ftlit("predict", "--config", "r/config.yaml", "--run", "r") == 1
     assert "has no rows for `ftlit predict`" in ftlit.err
-    shown = json.loads(Path("r/validate.json").read_text())["metrics"]["val/reward"]
     assert shown == pytest.approx(rows[-1]["val/reward"], abs=1e-6)
 
 
@@ -191,6 +200,31 @@ def test_two_ranks_equal_one(arguments, tmp_path, tiny_model_folder):
             for key, value in one.items():
                 if not key.startswith(("time/", "train/tokens", "train/trained")):
                     assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_two_ranks_go_on_in_their_own_rollout(ftlit, arguments, tmp_path):
+    """Stopped inside a rollout, every rank has its own answers again; one rank alone begins the next rollout."""
+    (tmp_path / "stopping.py").write_text(STOP)
+    shaping = ["--model.shaping.whiten", "true", "--model.kl.target", "0.01", "--trainer.callbacks.every_n_steps", "1"]
+    ranks = ["--config", "trainer/ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
+    args = arguments("ppo", *shaping, *ranks)
+    stop = ["--trainer.callbacks+=stopping.Stop", "--trainer.callbacks.step=6"]
+    for more in (["--run", "whole"], ["--run", "parts", *stop]):
+        done = start([*args, *more], tmp_path)
+        assert (done.returncode == 0) == (more[-1] == "whole"), done.stderr[-2000:]
+    assert saved("parts")["global_step"] == 6
+    both = saved("parts")["ppo"]["rollouts"]
+    assert len(both) == 2
+    assert both[0] != both[1]
+    shutil.copytree("parts", "alone")
+    again = start(["fit", "--config", "whole/config.yaml", "--run", "parts", "--ckpt_path", "last"], tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    same("parts", "whole")
+    alone = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--run", "alone", "--ckpt_path", "last"]
+    assert ftlit("fit", "--config", "whole/config.yaml", *alone) == 0, ftlit.err
+    assert "another number of ranks: the run goes on with a new rollout" in ftlit.out
+    assert saved("alone")["global_step"] == 8
+    assert saved("alone")["ppo"]["rollouts"][0]["number"] == both[0]["number"] + 1
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def test_steps_epochs_and_rollouts(rows):
     assert [found.number for found in record.found] == [step // 4 for step in range(24)]
     drawn = [row for found in record.found[::4] for row in found.rows]
     assert set(Counter(drawn).values()) == {2, 3}  # 36 in all, and none a third time before all came twice
-    assert [row for place in range(3) for _, row in stage.order.rollout(place)][:14] != list(range(14))
+    assert [row for number in range(3) for _, row in stage.order.rollout(6 * number)][:14] != list(range(14))
     assert "24 optimizer steps: 2 x 2 for each rollout of 6 prompts x 1 answers" in stage.steps_in_words(stage.data)
     # A rollout's own numbers stand beside each of its steps.
     scores = [step["objective/scores"] for step in record.steps]

@@ -11,6 +11,7 @@ from ftlit.objectives.advantages import GAE, GRPO, RLOO
 from ftlit.objectives.kl import KLPenalty
 from ftlit.objectives.policy_gradient import DAPO, GSPO
 from ftlit.peft import Full
+from ftlit.rollout.experience import Experience
 from ftlit.stages import PPO
 from ftlit.testing import tiny_lm, tiny_tokenizer
 
@@ -26,9 +27,42 @@ def some_letters(prompts, completions, **columns):
     return [sum(character in "abcdefghijklmnop" for character in text) / 8 for text in completions]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_what_is_rewarded(tmp_path, kind):
-    rows = tmp_path / "rows.jsonl"
+def turned_around(stage, monkeypatch):
+    """Advantages of the wrong sign."""
+    right = stage.advantage.__class__.__call__
+
+    def wrong(self, *args):
+        found = right(self, *args)
+        return found._replace(advantages=-found.advantages)
+
+    monkeypatch.setattr(type(stage.advantage), "__call__", wrong)
+
+
+def upside_down(stage, monkeypatch):
+    """The ratio of old to new."""
+    right = stage.policy_loss.__class__.__call__
+    monkeypatch.setattr(
+        type(stage.policy_loss),
+        "__call__",
+        lambda self, logps, old, advantages, owners: right(self, old, logps, advantages, owners),
+    )
+
+
+def on_prompts(stage, monkeypatch):
+    """A mask that lets tokens of the prompt learn, in the place of the answer's."""
+    right = Experience.pack
+
+    def wrong(self, micro):
+        packed = right(self, micro)
+        where = packed.target_positions % len(self.prompts[0])
+        return packed.replace(target_positions=where, target_ids=packed.input_ids[0, where + 1])
+
+    monkeypatch.setattr(Experience, "pack", wrong)
+
+
+def held_out_reward(folder, kind, spoil=None):
+    """What held-out prompts are worth before and after training."""
+    rows = folder / "rows.jsonl"
     with rows.open("w") as file:
         for number in range(40):
             file.write(json.dumps({"messages": [{"role": "user", "content": f"Say {number}"}]}) + "\n")
@@ -38,13 +72,29 @@ def test_it_learns_what_is_rewarded(tmp_path, kind):
         schedule="constant", warmup=0, update_epochs=2, num_minibatches=2, kl=KLPenalty(0.001), **KINDS[kind],
     )  # fmt: skip
     stage.tokenizer = tiny_tokenizer()
+    if spoil is not None:
+        spoil(stage)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=72, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, num_sanity_val_steps=-1,
-        val_check_interval=1000, check_val_every_n_epoch=None, default_root_dir=tmp_path,
+        val_check_interval=1000, check_val_every_n_epoch=None, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(stage, PromptData(train=str(rows), validation=0.2, batch_size=16))
-    before, after = stage.start_metrics["val/reward"], stage.last_metrics["val/reward"]
+    return stage.start_metrics["val/reward"], stage.last_metrics["val/reward"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_what_is_rewarded(tmp_path, kind):
+    before, after = held_out_reward(tmp_path, kind)
     print(kind, before, after)
     assert before < 0.2
     assert after > 0.7
+
+
+@pytest.mark.parametrize("spoil", [turned_around, upside_down, on_prompts])
+@pytest.mark.parametrize("kind", KINDS)
+def test_spoilt_it_does_not_learn(tmp_path, monkeypatch, kind, spoil):
+    """So that the test above can fail."""
+    _, after = held_out_reward(tmp_path, kind, lambda stage: spoil(stage, monkeypatch))
+    print(kind, spoil.__name__, after)
+    assert after < 0.4
