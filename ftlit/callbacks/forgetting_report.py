@@ -98,6 +98,9 @@ def notes(probe: ForgettingProbe, seconds: float) -> list[str]:
         seconds: Length of the run.
     """
     lines = [] if probe.drift is None else [f"weights    {_moved(probe.drift)}"]
+    kl = probe.last_values.get(f"{_PREFIX}{TARGET}/kl")
+    if kl is not None and f"{_PREFIX}{TARGET}/nll" not in probe.last_values:
+        lines.append(f"target     on its held-out prompts {kl:.4f} nats a token from the start (KL)")
     share = probe.seconds / seconds if seconds else 0.0
     lines.append(f"probe      measured {probe.rounds} times in {probe.seconds:.0f} s, {share:.0%} of the run")
     return lines
@@ -131,9 +134,9 @@ def draw(folder: Path, series: Series, limit: float | None = None, unit: str = N
 
     matplotlib.use("Agg")
     drawn = [_draw_changes(folder, series, domains, limit)]
-    learnt = _learnt(series, unit)
+    learnt, words = _learnt(series, unit)
     if len(learnt) > 1:
-        drawn.append(_draw_plane(folder, series, learnt, limit, unit))
+        drawn.append(_draw_plane(folder, series, learnt, limit, words))
     return drawn
 
 
@@ -157,16 +160,21 @@ def _draw_changes(folder: Path, series: Series, domains: Mapping[str, str], limi
     return _saved(figure, folder / "forgetting.png")
 
 
-def _learnt(series: Series, unit: str) -> dict[int, float]:
-    """By how much the target's loss had fallen, by optimizer step."""
-    if unit == NLL:
-        return {step: -change for step, change in series.get(f"{_PREFIX}{TARGET}/change", ())}
-    names = [key for key in series if key.startswith("val/") and key.endswith("/loss")]
+def _learnt(series: Series, unit: str) -> tuple[dict[int, float], str]:
+    """By how much the target's loss had fallen, or its reward had risen, by optimizer step; and that in words."""
+    words = f"loss of the target's held-out rows fell by ({unit})"
+    change = series.get(f"{_PREFIX}{TARGET}/change")
+    if unit == NLL and change:
+        return {step: -value for step, value in change}, words
+    sign, ends = (1, ("/reward",)) if unit == NLL else (-1, ("/loss",))
+    names = [key for key in series if key.startswith("val/") and key.endswith(ends)]
     points = dict(series[names[0]]) if names else {}
-    return {step: points[0] - value for step, value in points.items()} if 0 in points else {}
+    if sign > 0:
+        words = "reward of the held-out prompts rose by"
+    return {step: sign * (value - points[0]) for step, value in points.items()} if 0 in points else {}, words
 
 
-def _draw_plane(folder: Path, series: Series, learnt: Mapping[int, float], limit: float | None, unit: str) -> Path:
+def _draw_plane(folder: Path, series: Series, learnt: Mapping[int, float], limit: float | None, words: str) -> Path:
     """What was learnt against what was lost, one mark a measurement."""
     from matplotlib import pyplot as plt
 
@@ -189,7 +197,7 @@ def _draw_plane(folder: Path, series: Series, learnt: Mapping[int, float], limit
     axes.axvline(0, color="0.4", lw=0.8)
     axes.margins(x=0.14, y=0.08)
     axes.set_title(f"{folder.absolute().name}: learnt against forgotten (best: far right, not above 0)")
-    axes.set_xlabel(f"learnt: loss of the target's held-out rows fell by ({unit})")
+    axes.set_xlabel(f"learnt: {words}")
     axes.set_ylabel("forgotten: loss of the worst\ndomain rose by (nats a token)")
     return _saved(figure, folder / "learn_forget.png")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,13 @@ class RolloutSamples(L.Callback):
         pl_module.rollouts.samples.clear()
 
     def _write_all(self, trainer: L.Trainer, stage: Any) -> None:
+        ranks = stage.rollouts.gather(stage.rollouts.samples)
         if trainer.is_global_zero:
-            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in stage.rollouts.samples)
+            records: list[dict[str, Any]] = []
+            for name in dict.fromkeys(record["set"] for some in ranks for record in some):
+                shares = [[record for record in some if record["set"] == name] for some in ranks]
+                records += [one for row in zip_longest(*shares) for one in row if one]  # ranks take rows in turn
+            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
             write_text(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}-answers.jsonl", text)
 
     def _keep(self, trainer: L.Trainer, stage: Any) -> None:

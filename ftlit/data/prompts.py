@@ -255,8 +255,7 @@ class PromptData(SFTData):
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
-        plain = {Completion: "prompt", Text: "text"}.get(type(record))
-        text = None if plain is None else getattr(record, plain)
+        text = record.prompt if isinstance(record, Completion) else record.text if isinstance(record, Text) else None
         return PromptRow(ids, turns.messages, reference, columns, source, index, text, turns.tools)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:

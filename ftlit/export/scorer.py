@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ftlit.batch import Example, pack
 from ftlit.data.formats import Completion, Conversation, Message, Text
+from ftlit.data.formats.turns import tools_of
 from ftlit.data.labels import LabelTemplate, shortened
 from ftlit.data.sources import with_system
 from ftlit.errors import ConfigError, nearest
@@ -154,8 +155,8 @@ def open_classifier(name: str, base: str | None = None, which: str = "last", tru
 class RewardScorer(Verifier):
     """Rates answers with a trained reward model, or any sequence classifier of transformers.
 
-    The model reads the prompt and the answer through its own tokenizer and chat template, whatever the policy has, and
-    with the system turn of its own training where there is none. Its weights are loaded when it is first used.
+    The model reads the prompt and the answer through its own tokenizer and chat template, whatever the policy has; that
+    of a run with the system turn it was trained with where there is none. Its weights are loaded when it is first used.
 
     Args:
         model: A run of `RewardModel` or `Classification`, an exported folder, an adapter folder with a head, or the hub
@@ -259,8 +260,8 @@ class RewardScorer(Verifier):
         if isinstance(prompt, str):
             return Completion(prompt, completion)
         turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
-        given = tuple(tools) if tools and isinstance(tools, list | tuple) else None
-        made: Any = with_system(Conversation((*turns, Message("assistant", completion)), given), self._system)
+        whole = Conversation((*turns, Message("assistant", completion)), tools_of({"tools": tools}))
+        made: Any = with_system(whole, self._system)
         return made
 
 

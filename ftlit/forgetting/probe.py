@@ -40,8 +40,8 @@ class ForgettingProbe(ForgettingControl):
     tokens whose likeliest choice is that of the start). Over all: `forgetting/worst/change` of the domain that lost
     most; `forgetting/weights/change`, the relative change of the weights; and the same as for a domain as
     `forgetting/target/...` for the first of the run's own validation rows: what was learnt, and the KL that tells
-    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259); held-out prompts that have no answers are answered by
-    the start model for it. `ftlit fit` ends with a table and two pictures of them.
+    forgetting ahead (Shenfeld et al. 2025, arXiv:2509.04259); of held-out prompts that have no answers `kl` and
+    `agreement` alone, on what the start model says to them. `ftlit fit` ends with a table and two pictures of them.
 
     It only looks: training is bitwise the same with and without. Ranks share the documents. Of several probes, such as
     a small one that measures often and a large one for the end, the first in the list measures target and weights too;
@@ -126,6 +126,7 @@ class ForgettingProbe(ForgettingControl):
         self.seconds, self.start_seconds, self.rounds = 0.0, 0.0, 0
         self._last_step: int | None = None
         self._first = True  # of the probes of the run
+        self._answered = False  # whether the target's answers are the start model's
         self._meter: Meter | None = None
         self._norms: dict[int, float] = {}
         self._words: dict[str, str] = {}
@@ -172,6 +173,7 @@ class ForgettingProbe(ForgettingControl):
         data: Any = trainer.datamodule
         self._first = next(one for one in stage.controls if isinstance(one, ForgettingProbe)) is self
         sets = {name: self._documents(stage, data, rows, name) for name, rows in self.domains.items()}
+        self._answered = False
         if self._first and (target := self._target(stage, data)) is not None:
             sets[TARGET] = target
         room = self.batch_tokens or getattr(data, "max_tokens", None) or 4096
@@ -207,15 +209,19 @@ class ForgettingProbe(ForgettingControl):
     def _target(self, stage: Stage, data: Any) -> Documents | None:
         """A few of the run's own validation rows; None without any.
 
-        Held-out prompts that have no answers get those of the start model.
+        Held-out prompts that have no answers get those of the start model: they say how far the model has gone there,
+        and nothing of what was learnt.
         """
         held_out = f"validation:{stage.judged_on}"
         examples: Sequence[Example] | None = data.sets.get(held_out)
         if examples is None and isinstance(data, PromptData) and held_out in data.rows:
+            self._answered = True
+            sampling = getattr(stage, "sampling", None)
+            new = self.own_new_tokens if sampling is None else min(self.own_new_tokens, sampling.max_new_tokens)
             prompts = [row.input_ids for row in data.rows[held_out]]
-            upto = np.cumsum([len(prompt) + self.own_new_tokens for prompt in prompts])
+            upto = np.cumsum([len(prompt) + new for prompt in prompts])
             prompts = prompts[: max(1, int(np.searchsorted(upto, self.max_tokens // 4, side="right")))]
-            examples = own_text(stage, prompts, len(prompts), max_new_tokens=self.own_new_tokens, seed=self.seed)
+            examples = own_text(stage, prompts, len(prompts), max_new_tokens=max(new, 2), seed=self.seed)
         return None if examples is None else _first(examples, self.max_tokens // 4)
 
     @override
@@ -313,7 +319,7 @@ class ForgettingProbe(ForgettingControl):
         if self._first:
             self.drift = drift(stage.policy.lm, stage.strategy, self._norms)
         self.measured = {name: found[name] for name in self.domains}
-        self.last_values = _values(self.measured, found.get(TARGET), self.drift, self._worst)
+        self.last_values = self._logged(_values(self.measured, found.get(TARGET), self.drift, self._worst))
         self._last_step = trainer.global_step
         self.rounds += 1
         if trainer.is_global_zero:
@@ -336,7 +342,14 @@ class ForgettingProbe(ForgettingControl):
             }
             none |= {"kl": 0.0} if self.with_kl else {}
             values |= {f"forgetting/{name}/{key}": value for key, value in none.items()}
-        return values | {f"forgetting/{self._worst}/{key}": 0.0 for key in ("change", "change_low", "change_high")}
+        values |= {f"forgetting/{self._worst}/{key}": 0.0 for key in ("change", "change_low", "change_high")}
+        return self._logged(values)
+
+    def _logged(self, values: dict[str, float]) -> dict[str, float]:
+        """Without the loss of answers that the start model gave itself: it rises whatever is learnt."""
+        kept = {f"forgetting/{TARGET}/{key}" for key in ("kl", "agreement")}
+        hidden = f"forgetting/{TARGET}/" if self._answered else "/"
+        return {key: value for key, value in values.items() if key in kept or not key.startswith(hidden)}
 
     def _line(self, step: int, seconds: float) -> str:
         parts = [

@@ -31,6 +31,9 @@ class RolloutLoader:
         first: Number of the first rollout to draw.
         before: Tokens that the run has trained before it.
         added: Cuts the rows that controls add into micro-batches.
+
+    Attributes:
+        next: Number of the next rollout to draw.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class RolloutLoader:
     ) -> None:
         self.collect, self.taken, self.length = collect, taken, length
         self.update_epochs, self.seed, self.added = update_epochs, seed, added
-        self.experience, self._next = experience, first if experience is None else experience.number + 1
+        self.experience, self.next = experience, first if experience is None else experience.number + 1
         self._before = before
 
     def __len__(self) -> int:
@@ -59,14 +62,14 @@ class RolloutLoader:
             present = self.experience
             if present is None or present.cut or self._place(present) >= self.update_epochs * len(present.steps):
                 trained = self.trained
-                present = self.experience = self.collect(self._next)
+                present = self.experience = self.collect(self.next)
                 present.trained = trained
-                self._next += 1
+                self.next += 1
             yield self.step(present, self._place(present))
 
     def state_dict(self) -> dict[str, int]:
         """Which rollout the run is in; the rollout itself, which every rank has its own of, is kept by the stage."""
-        return {"rollout": self._next - 1}
+        return {"rollout": self.next - 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing: the stage hands over the rollout to go on in."""

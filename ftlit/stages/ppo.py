@@ -234,7 +234,7 @@ class PPO(Stage):
         return critic
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Keeps the answers in `rollouts.jsonl`."""
+        """Keeps the answers, see `RolloutSamples`."""
         found = super().configure_callbacks()
         own = any(isinstance(callback, RolloutSamples) for callback in self.trainer.callbacks)
         return found if own else [*found, RolloutSamples()]
@@ -256,7 +256,7 @@ class PPO(Stage):
         super().setup(stage)
         self.loader = None
         if stage == "fit":  # it may have been trained before
-            self.rollouts, self._resumed = Rollouts(self), Resumed()
+            self.rollouts, self.held_out, self._resumed = Rollouts(self), HeldOut(self), Resumed()
             self.rewards.running = RunningMoments()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptData):
@@ -403,8 +403,10 @@ class PPO(Stage):
         checkpoint["ppo"] = {
             "rollouts": self.rollouts.gather(None if present is None else present.state_dict()),
             "taken": self.rollouts.taken,
+            "next": 0 if self.loader is None else self.loader.next,
             "trained": 0 if self.loader is None else self.loader.trained,
             "kl_coef": self.rollouts.kl_coef,
+            "steered": self.kl.target is not None,
             "running": self.rewards.running.state_dict(),
             "seconds": dict(self.rollouts.seconds),
             "metrics": dict(self.rollouts.metrics),
@@ -420,18 +422,18 @@ class PPO(Stage):
         if "ppo" not in checkpoint:
             raise ConfigError("this checkpoint is not of PPO: start from its weights with --model.policy instead.")
         own = checkpoint["ppo"]
-        if self.kl.target is not None:  # else what is given counts
+        if own["steered"] and self.kl.target is not None:  # else what is given counts
             self.rollouts.kl_coef = own["kl_coef"]
         self.rollouts.taken = own["taken"]
         self.rollouts.seconds, self.rollouts.metrics = dict(own["seconds"]), dict(own["metrics"])
         self.rewards.running.load_state_dict(own["running"])
         ranks = own["rollouts"]
-        if self._trainer is None or ranks[0] is None:
+        if self._trainer is None:
             return
-        if len(ranks) == self._trainer.world_size:
+        self._resumed = Resumed(None, own["next"], own["trained"])
+        if ranks[0] is not None and len(ranks) == self._trainer.world_size:
             self._resumed = Resumed(Experience.from_state(ranks[self._trainer.global_rank]))
-        else:
-            self._resumed = Resumed(None, ranks[0]["number"] + 1, own["trained"])
+        elif ranks[0] is not None:
             rank_zero_only(print)("note       another number of ranks: the run goes on with a new rollout", flush=True)
 
 

@@ -34,12 +34,20 @@ class Answered:
     Attributes:
         rows: The prompts.
         answers: As many to each, prompt by prompt.
+        texts: The answers as the rewards read them.
         said: What the rewards say of them.
         experience: The same as tokens.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], answers: Sequence[Answer], said: Said, found: Experience) -> None:
-        self.rows, self.answers, self.said, self.experience = rows, answers, said, found
+    def __init__(
+        self,
+        rows: Sequence[PromptRow],
+        answers: Sequence[Answer],
+        texts: Sequence[str],
+        said: Said,
+        found: Experience,
+    ) -> None:
+        self.rows, self.answers, self.texts, self.said, self.experience = rows, answers, texts, said, found
 
     @property
     def ended(self) -> Tensor:
@@ -81,12 +89,8 @@ class Rollouts:
         """
         stage, trainer = self.stage, self.stage.trainer
         prompts = stage.order.rollout(self.taken)
-        self.taken += len(prompts)
         parts = [prompts[m :: stage.num_minibatches] for m in range(stage.num_minibatches)]
-        # Another rank is the first of each minibatch, so that what is left over does not all fall to one.
-        mine = [
-            part[(trainer.global_rank - m) % trainer.world_size :: trainer.world_size] for m, part in enumerate(parts)
-        ]
+        mine = dealt(parts, trainer.global_rank, trainer.world_size)
         numbers = [row for part in mine for _, row in part]
         rows = [stage.data.rows["train"][row] for row in numbers]
         with self._timed("rollout"):
@@ -105,6 +109,7 @@ class Rollouts:
             tokens = self.score(found, [micro for step in found.steps for micro in step])
             self._estimate(made, tokens, greedy)
         self.keep("train", made)
+        self.taken += len(prompts)
         return found
 
     # ---- answers and rewards ----------------------------------------------------------------------------------------
@@ -150,12 +155,10 @@ class Rollouts:
         names = sorted({name for row in repeated for name in row.columns})
         columns: dict[str, list[Any]] = {"reference": [row.reference and row.reference.strip() for row in repeated]}
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
-        if any(row.tools for row in repeated):
+        if any(row.tools for some in stage.data.rows.values() for row in some):
             columns["tools"] = [row.tools for row in repeated]
-        tokens, said = (
-            [one.drawn for one in answers],
-            Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0)),
-        )
+        tokens, texts = [one.drawn for one in answers], list[str]()
+        said = Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0))
         if rows:
             stage.rewards.to(stage.device)
             with isolate_rng(), _plain(stage.device):
@@ -165,7 +168,8 @@ class Rollouts:
                          for row, text in zip(repeated, whole, strict=True)]  # fmt: skip
                 texts = [text.strip() for text in whole]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain)
-        return Answered(rows, answers, said, Experience([row.input_ids for row in rows], numbers, tokens, owners))
+        found = Experience([row.input_ids for row in rows], numbers, tokens, owners)
+        return Answered(rows, answers, texts, said, found)
 
     def _seed_rewards(self) -> None:
         """A reward may draw too: others in every rollout and on every rank, and the same when a run goes on."""
@@ -175,19 +179,15 @@ class Rollouts:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def _decoded(self, answer: Answer, row: PromptRow | None = None) -> str:
+    def _decoded(self, answer: Answer, row: PromptRow) -> str:
         """An answer as text; where it goes on from a text, with the space between them, which some tokenizers drop."""
         decode = self.stage.tokenizer.decode
-        if row is not None and row.plain is not None:
+        if row.plain is not None:
             before, both = (str(decode(ids, skip_special_tokens=True))
                             for ids in (row.input_ids, [*row.input_ids, *answer.tokens]))  # fmt: skip
             if both.startswith(before):
                 return both[len(before) :]
         return str(decode(answer.tokens, skip_special_tokens=True))
-
-    def text(self, answer: Answer) -> str:
-        """An answer as the rewards read it."""
-        return self._decoded(answer).strip()
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
@@ -332,14 +332,13 @@ class Rollouts:
             made: The answers.
         """
         rewards, found = self.stage.rewards, made.experience
-        for place, (one, score) in enumerate(
-            zip(made.answers, rewards.weighted(made.said.scores).tolist(), strict=True)
-        ):
+        scores = rewards.weighted(made.said.scores).tolist()
+        for place, (one, text, score) in enumerate(zip(made.answers, made.texts, scores, strict=True)):
             record = {
                 "step": self.stage.trainer.global_step,
                 "set": kind,
                 "prompt": made.rows[found.owners[place]].turns,
-                "answer": self.text(one),
+                "answer": text,
                 "tokens": len(one.drawn),
                 "ended": one.ended,
                 "reward": score,
@@ -373,6 +372,21 @@ class Rollouts:
         self.seconds[what] += time.perf_counter() - began
 
 
+def dealt(parts: Sequence[Sequence[Any]], rank: int, world: int) -> list[list[Any]]:
+    """A rank's share of each part, dealt like cards: no rank has more than one more than another, of all together.
+
+    Args:
+        parts: What is dealt.
+        rank: Whose share.
+        world: Number of ranks.
+    """
+    before, mine = 0, []
+    for part in parts:
+        mine.append([*part[(rank - before) % world :: world]])
+        before += len(part)
+    return mine
+
+
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
     """Context in which the precision of the run is not that of other models; a validation is inside of the run's."""
@@ -385,4 +399,4 @@ def _plain(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(was)
 
 
-__all__ = ["Answered", "Rollouts"]
+__all__ = ["Answered", "Rollouts", "dealt"]

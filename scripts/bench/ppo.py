@@ -8,15 +8,14 @@
 (which is checked: the share of equal answers is printed), up to `--max_new_tokens`; then with end tokens ignored, where
 every answer has exactly that length; then so, but drawn at temperature 1, as rollouts are.
 
-`update` trains PPO with a value head for some rollouts and prints its shares of time; then the answers of these
-rollouts are trained by SFT with the same LoRA, as many a step: trained tokens a second of both, in turn, how many times
-longer the update takes than its matrix products alone at the machine's own rate, and peak memory.
+`update` trains PPO with a value head for some rollouts and prints where its time goes; then the answers of these
+rollouts are trained by SFT with the same LoRA, as many a step: trained tokens a second of both, in turn, peak memory,
+and how many times longer rollout, scoring and update take than their matrix products alone at the machine's own rate.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -160,24 +159,29 @@ def update(args: argparse.Namespace) -> None:
             assert other is not None
             ratios.append(other["trained_tokens_per_s"] / first["trained_tokens_per_s"])
             examples = encode_rows(str(answers), tokenizer, len(rows))
-            gflop = matmul_flops(load_model(args.model, "plain"), examples, Settings()) / 1e9
-            in_update = 2 * gflop / rate  # two epochs of update
             print(
                 f"PPO {first['trained_tokens_per_s']:.0f} trained tokens/s in the update, SFT on the same answers "
-                f"{other['trained_tokens_per_s']:.0f}: {ratios[-1]:.2f} times as long a token; "
-                f"{first['seconds_in_steps'] / in_update:.2f} times the matrix products alone "
-                f"({rate:.0f} GFLOP/s); peak memory {first['peak_memory_bytes'] / 1e9:.2f} and "
-                f"{other['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{other['trained_tokens_per_s']:.0f}: {ratios[-1]:.2f} times as long a token; peak memory "
+                f"{first['peak_memory_bytes'] / 1e9:.2f} and {other['peak_memory_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-            print("  shares of the time: " + ", ".join(f"{k} {v:.1%}" for k, v in _shares(folder / f"ppo-{number}")))
+            lm = load_model(args.model, "plain")
+            seconds = _seconds(folder / f"ppo-{number}")
+            forward, both = (matmul_flops(lm, examples, Settings(method=method)) / 1e9 for method in ("full", "lora"))
+            # Drawing reads every token once, scoring twice (policy and start), the update trains two epochs.
+            floors = {"rollout": forward / 3, "scoring": 2 * forward / 3, "update": 2 * both}
+            parts = [
+                f"{name} {took:.1f} s" + (f" ({took * rate / floors[name]:.2f} x)" if name in floors else "")
+                for name, took in seconds.items()
+            ]
+            print(f"  {', '.join(parts)}; x: times the matrix products alone at {rate:.0f} GFLOP/s", flush=True)
     print(f"median {statistics.median(ratios):.2f}")
 
 
-def _shares(folder: Path) -> list[tuple[str, float]]:
-    with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        last = [row for row in csv.DictReader(file) if row.get("time/update")][-1]
-    return [(key.removeprefix("time/"), float(value)) for key, value in last.items() if key.startswith("time/")]
+def _seconds(folder: Path) -> dict[str, float]:
+    """What each part of the run took."""
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return dict(saved["ppo"]["seconds"])
 
 
 def _answers(path: Path, to: Path) -> list[dict[str, Any]]:

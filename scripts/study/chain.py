@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runs import callback, fit, summary
+from runs import callback, fit, samples, summary
 
 SFT_ROWS, PROMPT_ROWS = 600, 250
 STAGES = {
@@ -54,16 +54,16 @@ def stages(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
             *("--data.batch_size", "8", "--trainer.max_epochs", "1"),
         ),
         "ppo": (
-            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "1e-4", *general, *probe),
+            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *probe),
             *("--model.reward", "RewardScorer", "--model.reward.model", str(out / "reward")),
-            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "24"),
+            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "32"),
             *("--model.shaping.missing_end_penalty", "1", "--model.shaping.whiten", "true"),
-            *("--model.max_new_tokens", "64", "--data.max_length", "192", "--trainer.max_steps", "48"),
+            *("--model.max_new_tokens", "64", "--data.max_length", "192", "--trainer.max_steps", "64"),
             *("--trainer.max_epochs", "-1", "--trainer.check_val_every_n_epoch", "null"),
-            *("--trainer.val_check_interval", "24"),
+            *("--trainer.val_check_interval", "32"),
         ),
         "dpo": (
-            *("--config", "dpo", "--config", "peft/lora", *merged, "--model.lr", "1e-4", *general, *pairs, *probe),
+            *("--config", "dpo", "--config", "peft/lora", *merged, "--model.lr", "5e-4", *general, *pairs, *probe),
             *("--data.batch_size", "8", "--trainer.max_epochs", "1"),
         ),
     }
@@ -141,7 +141,7 @@ def main() -> None:
             print(f"{name}: {fit(out / name, arguments, os.cpu_count() or 1):.0f} s", flush=True)
         if name == "sft" and not (out / "sft-model").exists():
             _ftlit("export", str(out / "sft"), "--to", str(out / "sft-model"))
-    print("\n".join(table(out)))
+    print("\n".join([*table(out), "PPO, held-out prompts", *samples(out / "ppo")]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,4 +128,21 @@ def logged(folder: Path, key: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
 
 
-__all__ = ["callback", "command_line", "fit", "fit_all", "logged", "show", "summary"]
+def samples(folder: Path, num: int = 4) -> Iterator[str]:
+    """What a run of PPO answered to some held-out prompts before and after it, with the rewards, in lines.
+
+    Args:
+        folder: Its folder.
+        num: How many prompts.
+    """
+    lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").strip().split("\n")
+    rows: list[dict[str, Any]] = [row for row in map(json.loads, lines) if row["set"] != "train"]
+    steps = [row["step"] for row in rows]
+    first, last = ([row for row in rows if row["step"] == step][:num] for step in (min(steps), max(steps)))
+    for before, after in zip(first, last, strict=True):
+        yield "  " + " ".join(before["prompt"][-1]["content"].split())
+        for label, row in (("before", before), ("after", after)):
+            yield f"    {label:<7}{row['reward']:6.2f}  {' '.join(row['answer'].split())[:240]}"
+
+
+__all__ = ["callback", "command_line", "fit", "fit_all", "logged", "samples", "show", "summary"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ftlit.data.prompts import PromptOrder
 from ftlit.export.scorer import RewardScorer
 from ftlit.testing import tiny_tokenizer
 from ftlit.testing.tiny import CHAT_TEMPLATE, tiny_classifier
@@ -224,7 +225,12 @@ def test_two_ranks_go_on_in_their_own_rollout(ftlit, arguments, tmp_path):
     assert ftlit("fit", "--config", "whole/config.yaml", *alone) == 0, ftlit.err
     assert "another number of ranks: the run goes on with a new rollout" in ftlit.out
     assert saved("alone")["global_step"] == 8
-    assert saved("alone")["ppo"]["rollouts"][0]["number"] == both[0]["number"] + 1
+    (third,) = saved("alone")["ppo"]["rollouts"]
+    assert third["number"] == both[0]["number"] + 1
+    order = PromptOrder(9, 2, seed=0)
+    assert saved("parts")["ppo"]["taken"] == saved("whole")["ppo"]["taken"] == 8
+    assert saved("alone")["ppo"]["taken"] == 10
+    assert sorted(third["rows"]) == sorted(row for _, row in order.rollout(8))
 
 
 @pytest.mark.parametrize(

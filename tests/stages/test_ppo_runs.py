@@ -5,11 +5,15 @@ import json
 import lightning as L
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from ftlit.callbacks import RolloutSamples
+from ftlit.callbacks.forgetting_report import NLL, _learnt, notes
 from ftlit.data.prompts import PromptData
 from ftlit.errors import ConfigError
+from ftlit.export import scorer as scorer_module
 from ftlit.export.scorer import RewardScorer
 from ftlit.forgetting import ForgettingProbe
 from ftlit.models.policy import Policy, disable_dropout
@@ -20,6 +24,7 @@ from ftlit.peft import Full, LoRA
 from ftlit.peft.io import save_adapter
 from ftlit.rollout.loader import RolloutLoader
 from ftlit.rollout.rewards import RewardShaping
+from ftlit.stages.rollouts import dealt
 from ftlit.testing import tiny_tokenizer
 from ftlit.testing.tiny import tiny_classifier
 from tests.stages.test_ppo import odd, rows, train  # noqa: F401
@@ -132,7 +137,7 @@ def test_the_probe_measures_prompts_without_answers(rows, tmp_path, monkeypatch)
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"prompt": f"Say {number}"}) + "\n" for number in range(12)))
     probe = ForgettingProbe({"own": "self"}, own_rows=8, own_new_tokens=4, max_tokens=400, every_n_steps=4)
-    stage, _, runner = train(str(bare), data={"validation": 0.5}, callbacks=[probe], steps=8, lr=5e-2)
+    _, _, runner = train(str(bare), data={"validation": 0.5}, callbacks=[probe], steps=8, lr=5e-2)
     documents = probe._meter.sets["target"].examples
     prompts = [row.input_ids for row in runner.datamodule.rows["validation:main"]]
     assert len(documents) == 6
@@ -140,7 +145,12 @@ def test_the_probe_measures_prompts_without_answers(rows, tmp_path, monkeypatch)
         assert document.input_ids[: len(prompt)] == prompt
         assert document.num_targets == len(document.input_ids) - len(prompt) <= 5
     assert probe.last_values["forgetting/target/kl"] > 0
-    assert stage.policy is not None
+    assert "forgetting/target/change" not in probe.last_values  # nothing is learnt of them
+    assert "forgetting/own/change" in probe.last_values
+    assert probe.start_values["forgetting/target/kl"] == 0
+    assert any(line.startswith("target     on its held-out prompts") for line in notes(probe, 1.0))
+    learnt, words = _learnt({"val/reward": [(0, 0.5), (4, 0.75)]}, NLL)
+    assert (learnt, words) == ({0: 0.0, 4: 0.25}, "reward of the held-out prompts rose by")
 
 
 def test_a_reward_model_reads_its_system_turn_and_the_tools(tmp_path, monkeypatch):
@@ -156,8 +166,13 @@ def test_a_reward_model_reads_its_system_turn_and_the_tools(tmp_path, monkeypatc
     assert bare[0] == bare[1]
     known = scorer(turns, ["a", "a"], tools=tools)
     assert known[0] != bare[0]
+    assert scorer(turns, ["a", "a"], tools=[json.dumps(tools[0]), "[]"]) == known
     assert known[1] == pytest.approx(bare[1], abs=1e-6)
-    scorer._system = "be kind"  # as a run with data.system leaves it
+    opening = scorer_module.open_classifier
+    monkeypatch.setattr(  # as a run with data.system is opened
+        scorer_module, "open_classifier", lambda *args, **more: opening(*args, **more)._replace(system="be kind")
+    )
+    scorer = RewardScorer(str(tmp_path / "rm"))
     asked = [[{"role": "system", "content": "be kind"}, *turns[0]]]
     assert scorer(turns[:1], ["a"]) == pytest.approx(scorer(asked, ["a"]), abs=1e-6)
     assert scorer(turns[:1], ["a"])[0] != bare[0]
@@ -240,10 +255,20 @@ def test_every_dropout_is_switched_off():
     assert not disable_dropout(policy)
 
 
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 17))
+def test_prompts_are_dealt_evenly(world, parts, prompts):
+    cut = [list(range(prompts))[m::parts] for m in range(parts)]
+    shares = [dealt(cut, rank, world) for rank in range(world)]
+    for number, part in enumerate(cut):
+        assert sorted(one for share in shares for one in share[number]) == part
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_a_run_that_begins_a_rollout_knows_what_was_trained():
     loader = RolloutLoader(lambda number: None, lambda: 6, 4, 2, first=3, before=70)
     assert loader.trained == 70
-    assert loader.state_dict() == {"rollout": 2}
+    assert loader.next == 3
 
 
 def test_a_checkpoint_of_another_stage_is_refused(rows):  # noqa: F811
@@ -260,6 +285,7 @@ def test_the_weight_of_the_penalty_is_what_is_given_unless_it_is_steered(rows): 
         stage, _, runner = train(rows, steps=1, kl=KLPenalty(0.1, target=target))
         checkpoint = runner._checkpoint_connector.dump_checkpoint()
         checkpoint["ppo"]["kl_coef"] = 0.1
+        assert checkpoint["ppo"]["steered"] == (target is not None)
         stage.rollouts.kl_coef = 0.2
         stage.on_load_checkpoint(checkpoint)
         assert stage.rollouts.kl_coef == expected
