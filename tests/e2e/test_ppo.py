@@ -148,6 +148,26 @@ def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, t
         same(run, "whole")
 
 
+def test_another_batch_size_takes_the_prompts_that_come_next(ftlit, arguments, tmp_path):
+    """And the general rows that come next beside them."""
+    general = [{"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "on " * (n + 1)}]}
+               for n in range(5)]  # fmt: skip
+    (tmp_path / "general.jsonl").write_text("\n".join(map(json.dumps, general)))
+    replay = ["--trainer.callbacks+=Replay", "--trainer.callbacks.rows=general.jsonl", "--trainer.callbacks.ratio=1.0"]
+    assert ftlit(*arguments("ppo", *replay, "--trainer.max_steps", "4"), "--run", "r") == 0, ftlit.err
+    first = saved("r")["ppo"]
+    assert first["taken"] == 4
+    trained = 2 * sum(map(len, first["rollouts"][0]["answers"]))  # two epochs
+    assert first["trained"] == trained
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "8", "--data.batch_size", "2"]
+    assert ftlit("fit", "--config", "r/config.yaml", "--run", "r", *more) == 0, ftlit.err
+    second = saved("r")["ppo"]
+    (present,) = second["rollouts"]
+    assert second["taken"] == 6
+    assert sorted(present["rows"]) == sorted(row for _, row in PromptOrder(9, 2, seed=0).rollout(4))
+    assert present["trained"] == trained
+
+
 def test_a_reward_model_with_a_tokenizer_of_its_own(ftlit, arguments, tmp_path):
     """Beside a function, by its class; what it says of the kept answers is what it says alone."""
     tiny_classifier("llama", labels=1).save_pretrained(tmp_path / "rm")
