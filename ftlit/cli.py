@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from typing_extensions import override
 
 from ftlit import callbacks, forgetting, peft
 from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, WriteEvaluation, WritePredictions
@@ -84,6 +86,25 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
         self.already_saved: bool = True
+
+
+class Parser(LightningArgumentParser):
+    """Takes `null` for arguments of arguments, as `model.kl.target`: jsonargparse hands it on as the text `None`."""
+
+    @override
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        return super().parse_args(None if args is None else with_null(args), *more, **options)
+
+
+def with_null(args: Sequence[str]) -> list[str]:
+    """Arguments with `null` in the place of Python's `None`.
+
+    Args:
+        args: What a parser is given.
+    """
+    values = [f"{one[:-4]}null" if one.startswith("--") and one.endswith("=None") else one for one in args]
+    keys = ["", *values[:-1]]
+    return ["null" if one == "None" and key.startswith("--") else one for key, one in zip(keys, values, strict=True)]
 
 
 class CLI(LightningCLI):
@@ -342,7 +363,7 @@ def run(args: list[str]) -> int:
     Raises:
         FtlitError: For whatever the user can mend.
     """
-    args = _torch_first(resolve_all(rows_given(args)))
+    args = with_null(_torch_first(resolve_all(rows_given(args))))
     _quiet()
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}
@@ -355,6 +376,7 @@ def run(args: list[str]) -> int:
                 subclass_mode_data=True,
                 trainer_class=Trainer,
                 auto_configure_optimizers=False,
+                parser_class=Parser,
                 seed_everything_default=0,
                 save_config_callback=SaveConfig,
                 parser_kwargs={

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ftlit.data.prompts import PromptOrder
@@ -146,6 +147,16 @@ def test_stopped_anywhere_and_gone_on_is_as_if_never_stopped(ftlit, arguments, t
         assert saved(run)["global_step"] == step
         assert ftlit("fit", "--config", "whole/config.yaml", "--run", run, "--ckpt_path", "last") == 0, ftlit.err
         same(run, "whole")
+
+
+def test_null_reaches_arguments_of_arguments(ftlit, arguments):
+    given = ["--model.kl.target", "null", "--model.loss.clip_high=null", "--model.value_clip", "None"]
+    given += ["--model.shaping.clip=1.5", "--model.shaping.clip=None", "--trainer.max_steps", "1"]
+    assert ftlit(*arguments("ppo", *given), "--run", "r") == 0, ftlit.err
+    own = yaml.safe_load(Path("r/config.yaml").read_text())["model"]["init_args"]
+    assert own["kl"]["target"] is own["loss"]["init_args"]["clip_high"] is own["value_clip"] is None
+    assert own["shaping"]["clip"] is None
+    assert own["kl"]["coef"] == 0.05
 
 
 def test_another_batch_size_takes_the_prompts_that_come_next(ftlit, arguments, tmp_path):
