@@ -2,8 +2,9 @@
 
     python scripts/study/chain.py --model FOLDER --data FOLDER [--out runs/chain]
 
-Each stage starts where the last one ended: SFT is merged, and reward model, PPO and DPO start from that. What the base
-model wrote itself before anything was trained is measured after every stage, so that the losses add up over the chain.
+Each stage starts where the last one ended: SFT is merged, and reward model, PPO and DPO start from that. Scores of a
+reward model differ more between prompts than between answers, so PPO compares the answers to one prompt (GRPO). What the
+base model wrote itself before anything was trained is measured after every stage, so that the losses add up.
 The folder of data holds `alpaca_en_demo.json` and `dpo_en_demo.json`. Stages that are done are not done again.
 """
 
@@ -54,13 +55,12 @@ def stages(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
             *("--data.batch_size", "8", "--trainer.max_epochs", "1"),
         ),
         "ppo": (
-            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *probe),
+            *("--config", "grpo", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *probe),
             *("--model.reward", "RewardScorer", "--model.reward.model", str(out / "reward")),
-            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "32"),
-            *("--model.shaping.missing_end_penalty", "1", "--model.shaping.whiten", "true"),
-            *("--model.max_new_tokens", "64", "--data.max_length", "192", "--trainer.max_steps", "64"),
-            *("--trainer.max_epochs", "-1", "--trainer.check_val_every_n_epoch", "null"),
-            *("--trainer.val_check_interval", "32"),
+            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "12"),
+            *("--model.num_answers", "4", "--model.max_new_tokens", "64", "--data.max_length", "192"),
+            *("--trainer.max_steps", "28", "--trainer.max_epochs", "-1", "--trainer.check_val_every_n_epoch", "null"),
+            *("--trainer.val_check_interval", "14"),
         ),
         "dpo": (
             *("--config", "dpo", "--config", "peft/lora", *merged, "--model.lr", "5e-4", *general, *pairs, *probe),
