@@ -3,8 +3,8 @@
     python scripts/study/chain.py --model FOLDER --data FOLDER [--out runs/chain]
 
 Each stage starts where the last one ended: SFT is merged, and reward model, PPO and DPO start from that. Scores of a
-reward model differ more between prompts than between answers, so PPO compares the answers to one prompt (GRPO). What the
-base model wrote itself before anything was trained is measured after every stage, so that the losses add up.
+reward model differ more between prompts than between answers, so PPO compares the answers to one prompt (GRPO).
+What the base model wrote itself before anything was trained is measured after every stage, so that the losses add up.
 The folder of data holds `alpaca_en_demo.json` and `dpo_en_demo.json`. Stages that are done are not done again.
 """
 
