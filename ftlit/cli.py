@@ -89,7 +89,10 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """Takes `null` for arguments of arguments, as `model.kl.target`: jsonargparse hands it on as the text `None`."""
+    """Takes `null` for arguments of arguments, as `model.kl.target`: jsonargparse hands it on as the text `None`.
+
+    Nulls inside of lists, and a text that is `None`, are for a YAML file.
+    """
 
     @override
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:

@@ -135,7 +135,7 @@ def draw(folder: Path, series: Series, limit: float | None = None, unit: str = N
     matplotlib.use("Agg")
     drawn = [_draw_changes(folder, series, domains, limit)]
     learnt, words = _learnt(series, unit)
-    if len(learnt) > 1:
+    if len(learnt.keys() & dict(series.get(f"{_PREFIX}worst/change", ())).keys()) > 1:
         drawn.append(_draw_plane(folder, series, learnt, limit, words))
     return drawn
 
@@ -167,7 +167,9 @@ def _learnt(series: Series, unit: str) -> tuple[dict[int, float], str]:
     if unit == NLL and change:
         return {step: -value for step, value in change}, words
     sign, ends = (1, ("/reward",)) if unit == NLL else (-1, ("/loss",))
-    names = [key for key in series if key.startswith("val/") and key.endswith(ends)]
+    names = sorted(
+        (key for key in series if key.startswith("val/") and key.endswith(ends)), key=len
+    )  # val/reward first
     points = dict(series[names[0]]) if names else {}
     if sign > 0:
         words = "reward of the held-out prompts rose by"

@@ -20,7 +20,7 @@ class RolloutSamples(L.Callback):
     `ftlit validate` and `ftlit test` write all of theirs, to `validate-answers.jsonl` and `test-answers.jsonl`.
 
     Args:
-        rows: Most answers of each rollout, and of each validation set of a training run; the first of them.
+        rows: Most answers of each rollout, and of each validation set of a training run; the first of the first rank.
     """
 
     def __init__(self, rows: int = 16) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from ftlit.batch import Example, pack
 from ftlit.data.formats import Completion, Conversation, Message, Text
+from ftlit.data.formats.base import RowError
 from ftlit.data.formats.turns import tools_of
 from ftlit.data.labels import LabelTemplate, shortened
 from ftlit.data.sources import with_system
@@ -260,8 +261,11 @@ class RewardScorer(Verifier):
         if isinstance(prompt, str):
             return Completion(prompt, completion)
         turns = [turn if isinstance(turn, Message) else _message(turn) for turn in prompt]
-        whole = Conversation((*turns, Message("assistant", completion)), tools_of({"tools": tools}))
-        made: Any = with_system(whole, self._system)
+        try:
+            given = tools_of({"tools": tools})
+        except RowError:  # a column of that name that holds something else
+            given = None
+        made: Any = with_system(Conversation((*turns, Message("assistant", completion)), given), self._system)
         return made
 
 

@@ -1,6 +1,7 @@
 """PPO beside the formula: where a run starts, in which precision, what it logs, and how it goes on."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -167,6 +168,7 @@ def test_a_reward_model_reads_its_system_turn_and_the_tools(tmp_path, monkeypatc
     known = scorer(turns, ["a", "a"], tools=tools)
     assert known[0] != bare[0]
     assert scorer(turns, ["a", "a"], tools=[json.dumps(tools[0]), "[]"]) == known
+    assert scorer(turns, ["a", "a"], tools=["hammer", ["saw"]]) == bare
     assert known[1] == pytest.approx(bare[1], abs=1e-6)
     opening = scorer_module.open_classifier
     monkeypatch.setattr(  # as a run with data.system is opened
@@ -281,11 +283,36 @@ def test_a_checkpoint_of_another_stage_is_refused(rows):  # noqa: F811
 
 
 def test_the_weight_of_the_penalty_is_what_is_given_unless_it_is_steered(rows):  # noqa: F811
-    for target, expected in ((None, 0.2), (5.0, 0.1)):
+    for target in (None, 5.0):
         stage, _, runner = train(rows, steps=1, kl=KLPenalty(0.1, target=target))
         checkpoint = runner._checkpoint_connector.dump_checkpoint()
-        checkpoint["ppo"]["kl_coef"] = 0.1
         assert checkpoint["ppo"]["steered"] == (target is not None)
-        stage.rollouts.kl_coef = 0.2
-        stage.on_load_checkpoint(checkpoint)
-        assert stage.rollouts.kl_coef == expected
+        for steered in (False, True):
+            checkpoint["ppo"] |= {"kl_coef": 0.1, "steered": steered}
+            stage.rollouts.kl_coef = 0.2
+            stage.on_load_checkpoint(checkpoint)
+            assert stage.rollouts.kl_coef == (0.1 if steered and target else 0.2)
+
+
+def test_a_run_between_two_rollouts_goes_on_there(rows):  # noqa: F811
+    """As after another number of ranks, before the first rollout is drawn."""
+    stage, _, runner = train(rows, steps=4)
+    stage.loader.experience, stage.loader.next, stage.loader._before = None, 3, 70
+    checkpoint = runner._checkpoint_connector.dump_checkpoint()
+    assert stage.loader.state_dict() == {"rollout": 2}
+    stage.on_load_checkpoint(checkpoint)
+    assert stage._resumed == (None, 3, 70)
+    stage.loader = None
+    assert stage.rollout_loader().trained == 70
+
+
+def test_the_answers_of_all_ranks_are_kept_in_the_order_of_the_rows(tmp_path):
+    ranks = [[{"set": "main", "row": row} for row in range(rank, 5, 2)] for rank in range(2)]
+    ranks[0].append({"set": "other", "row": 0})
+    rollouts = SimpleNamespace(samples=ranks[0], gather=lambda mine: ranks)
+    trainer = SimpleNamespace(
+        is_global_zero=True, default_root_dir=str(tmp_path), state=SimpleNamespace(fn=SimpleNamespace(value="test"))
+    )
+    RolloutSamples()._write_all(trainer, SimpleNamespace(rollouts=rollouts))
+    kept = [json.loads(line) for line in (tmp_path / "test-answers.jsonl").read_text().splitlines()]
+    assert [(one["set"], one["row"]) for one in kept] == [*(("main", row) for row in range(5)), ("other", 0)]
