@@ -2,9 +2,9 @@
 
     python scripts/study/chain.py --model FOLDER --data FOLDER [--out runs/chain]
 
-Each stage starts where the last one ended: SFT is merged, and reward model, PPO and DPO start from that. Scores of a
-reward model differ more between prompts than between answers, so PPO compares the answers to one prompt (GRPO).
-What the base model wrote itself before anything was trained is measured after every stage, so that the losses add up.
+Each stage starts where the last one ended: SFT is merged, and reward model, PPO and DPO start from that. The reward
+model learns that the first sentence of an answer is better than the whole, so that everybody can see what PPO makes of
+it. What the base model wrote itself before anything was trained is measured after every stage, so that losses add up.
 The folder of data holds `alpaca_en_demo.json` and `dpo_en_demo.json`. Stages that are done are not done again.
 """
 
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from preferences import shorter_pairs
 from runs import callback, fit, samples, summary
 
 SFT_ROWS, PROMPT_ROWS = 600, 250
@@ -51,16 +52,18 @@ def stages(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
             *("--data.batch_size", "8", "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", *probe),
         ),
         "reward": (
-            *("--config", "reward", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *pairs),
-            *("--data.batch_size", "8", "--trainer.max_epochs", "1"),
+            *("--config", "reward", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general),
+            *("--data.train", str(out / "shorter.jsonl"), "--data.validation", "0.1", "--data.max_length", "256"),
+            *("--data.batch_size", "8", "--trainer.max_steps", "20", "--trainer.max_epochs", "-1"),
         ),
         "ppo": (
-            *("--config", "grpo", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *probe),
+            *("--config", "ppo", "--config", "peft/lora", *merged, "--model.lr", "3e-4", *general, *probe),
             *("--model.reward", "RewardScorer", "--model.reward.model", str(out / "reward")),
-            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "12"),
-            *("--model.num_answers", "4", "--model.max_new_tokens", "64", "--data.max_length", "192"),
-            *("--trainer.max_steps", "28", "--trainer.max_epochs", "-1", "--trainer.check_val_every_n_epoch", "null"),
-            *("--trainer.val_check_interval", "14"),
+            *("--data.train", str(out / "prompts.jsonl"), "--data.validation", "0.2", "--data.batch_size", "16"),
+            *("--model.num_answers", "2", "--model.max_new_tokens", "48", "--data.max_length", "96"),
+            *("--model.shaping.whiten", "true", "--trainer.max_steps", "40", "--trainer.max_epochs", "-1"),
+            *("--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "20"),
+            *callback("RolloutSamples", {"rows": 64}),
         ),
         "dpo": (
             *("--config", "dpo", "--config", "peft/lora", *merged, "--model.lr", "5e-4", *general, *pairs, *probe),
@@ -81,6 +84,7 @@ def rows(model: str, data: Path, out: Path) -> None:
     parts = known[:SFT_ROWS], known[SFT_ROWS : SFT_ROWS + PROMPT_ROWS], known[SFT_ROWS + PROMPT_ROWS :]
     for name, part in zip(("sft", "prompts"), parts[:2], strict=True):
         _write(out / f"{name}.jsonl", part)
+    shorter_pairs(data / "alpaca_en_demo.json", out / "shorter.jsonl")
     if (out / "own.jsonl").exists():
         return
     asked = ["\n".join(filter(None, [row["instruction"], row["input"]])) for row in parts[2]]
@@ -108,20 +112,23 @@ def _ftlit(*args: str) -> None:
 
 
 def table(out: Path) -> list[str]:
-    """What each stage learnt, and how far the base model's own text has gone since the beginning."""
+    """What each stage learnt, and how far the base model's own text has gone, in that stage and since the beginning.
+
+    The texts are cut to the `data.max_length` of the stage, so it is changes that are added up.
+    """
     base = summary(out / "sft")
     assert base is not None
-    first = base["start"]["forgetting/own/nll"]
-    lines = [f"{'stage':<8}{'':<48}{'before':>9}{'after':>9}{'own text':>10}{'perplexity since the base':>28}"]
+    own = "forgetting/own/change"
+    lines = [f"{'stage':<8}{'':<48}{'before':>9}{'after':>9}{'own text':>10}{'since the base':>16}"]
     for name, (key, words) in STAGES.items():
         done = summary(out / name)
         if done is None:
             continue
         start, end = done["start"], done["end"]
         line = f"{name:<8}{words:<48}{start[key]:>9.3f}{end[key]:>9.3f}"
-        if "forgetting/own/nll" in end:
-            nll = end["forgetting/own/nll"]
-            line += f"{nll:>10.3f}{f'{math.expm1(nll - first):+.1%}':>28}"
+        if own in end:
+            since = end[own] + (base["end"][own] if name != "sft" else 0.0)
+            line += f"{math.expm1(end[own]):>+10.1%}{math.expm1(since):>+16.1%}"
         lines.append(line)
     return lines
 

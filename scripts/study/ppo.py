@@ -126,6 +126,8 @@ def draw(out: Path) -> None:
             one.plot([step / _steps(name) for step, _ in points], [value for _, value in points], label=name)
     for one, label in zip(axes, labels, strict=True):
         one.set_ylabel(label)
+    axes[-1].axhline(TARGET, color="0.4", ls="--", lw=1, label="target")
+    axes[-1].legend()
     axes[0].legend()
     axes[-1].set_xlabel(f"rollouts of {ANSWERS} answers")
     figure.savefig(out / "rewards.png", dpi=150)

@@ -57,7 +57,7 @@ def grid(model: str, data: Path, out: Path) -> dict[str, tuple[str, ...]]:
     held = callback("ForgettingBudget", {"max_increase": BUDGET, "steering_documents": 32, "probes": 8} | _OWN)
     asked = callback("GenerationEval", {"num_rows": 24, "max_new_tokens": 128})
     shorter = (
-        *("--config", "dpo", *common, "--data.train", str(_shorter(data / GENERAL, out / "shorter.jsonl"))),
+        *("--config", "dpo", *common, "--data.train", str(shorter_pairs(data / GENERAL, out / "shorter.jsonl"))),
         *(*steps, "--model.lr", "1e-4", *probe, *asked),
     )
     reward = {}
@@ -89,7 +89,7 @@ def _folds(rows: Path, out: Path) -> Iterator[tuple[Path, Path]]:
         yield paths
 
 
-def _shorter(rows: Path, path: Path) -> Path:
+def shorter_pairs(rows: Path, path: Path) -> Path:
     """Writes pairs of the first sentence of an answer (chosen) and the whole (rejected)."""
     found = []
     for row in json.loads(rows.read_text(encoding="utf-8")):
