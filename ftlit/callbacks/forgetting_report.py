@@ -166,11 +166,10 @@ def _learnt(series: Series, unit: str) -> tuple[dict[int, float], str]:
     change = series.get(f"{_PREFIX}{TARGET}/change")
     if unit == NLL and change:
         return {step: -value for step, value in change}, words
-    sign, ends = (1, ("/reward",)) if unit == NLL else (-1, ("/loss",))
-    names = sorted(
-        (key for key in series if key.startswith("val/") and key.endswith(ends)), key=len
-    )  # val/reward first
-    points = dict(series[names[0]]) if names else {}
+    sign, ends = (1, "/reward") if unit == NLL else (-1, "/loss")
+    # The shortest is that of the main set.
+    name = min((key for key in series if key.startswith("val/") and key.endswith(ends)), key=len, default="")
+    points = dict(series.get(name, ()))
     if sign > 0:
         words = "reward of the held-out prompts rose by"
     return {step: sign * (value - points[0]) for step, value in points.items()} if 0 in points else {}, words

@@ -58,8 +58,7 @@ class RolloutSamples(L.Callback):
             for name in dict.fromkeys(record["set"] for some in ranks for record in some):
                 shares = [[record for record in some if record["set"] == name] for some in ranks]
                 records += [one for row in zip_longest(*shares) for one in row if one]  # ranks take rows in turn
-            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
-            write_text(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}-answers.jsonl", text)
+            write_text(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}-answers.jsonl", _lines(records))
 
     def _keep(self, trainer: L.Trainer, stage: Any) -> None:
         records, seen = [], dict[str, int]()
@@ -71,12 +70,11 @@ class RolloutSamples(L.Callback):
         if not records or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         path = Path(trainer.default_root_dir) / "rollouts.jsonl"
-        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
         if not self._wrote:
             write_text(path, "".join(f"{line}\n" for line in self._before(path)))
         self._wrote = True
         with path.open("a", encoding="utf-8") as file:
-            file.write(lines)
+            file.write(_lines(records))
         for name in seen:  # a rollout and the validations of one step have tables of their own
             some = [record for record in records if record["set"] == name]
             columns = [*_TABLE, *(key for key in some[0] if key.startswith("reward/"))]
@@ -98,6 +96,10 @@ class RolloutSamples(L.Callback):
                 except (ValueError, KeyError, TypeError):
                     continue
         return kept
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
 
 
 def _text(turns: list[dict[str, Any]]) -> str:

@@ -192,14 +192,13 @@ class PPO(Stage):
         there = self.policy is not None
         super().configure_model()
         assert self.policy is not None
-        if there:
-            self._check_room()
-            return
-        if disable_dropout(self.policy):
-            rank_zero_only(print)("dropout    is off: the update compares probabilities of the same tokens", flush=True)
-        self.strategy.remember_start(self.policy.lm)
-        if self.advantage.uses_values:
-            self.critic = self._make_critic()
+        if not there:
+            if disable_dropout(self.policy):
+                say = "dropout    is off: the update compares probabilities of the same tokens"
+                rank_zero_only(print)(say, flush=True)
+            self.strategy.remember_start(self.policy.lm)
+            if self.advantage.uses_values:
+                self.critic = self._make_critic()
         self._check_room()
 
     def _check_room(self) -> None:
