@@ -3,18 +3,19 @@
 Chat templates put the same system prompt before every example, and data sets hold several answers to one prompt. A
 stretch that examples share becomes a segment of its own, the parent of what follows; every token still sees exactly
 what it saw before, so all scores and gradients are the same. Tokens after the last that predicts a target, which
-change nothing, are left out.
+change nothing, are left out. What has nothing to share becomes one segment: a prompt with one answer, say.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 
 from ftlit.batch import PackedBatch, Segments
 
-# A segment costs some calls a layer: not worth it for fewer tokens than this.
+# A segment costs some calls a layer: it must save at least as many tokens as this.
 SHORTEST = 8
 
 
@@ -22,70 +23,84 @@ def shared(batch: PackedBatch) -> PackedBatch:
     """The same targets, predicted from fewer tokens.
 
     Args:
-        batch: A micro-batch on the CPU; returned as it is where its segments have parents.
+        batch: A micro-batch on the CPU. A path, from a segment without a parent to one without children, counts as
+            an example here.
 
     Returns:
-        The batch to run instead. The targets keep their order; `target_segments` names their segments in the new row,
-        `examples` of a shared segment is that of the first example in it.
+        The batch to run instead. The targets keep their order; `target_segments` names the last segments of their
+        examples in the new row, `examples` of a shared segment is that of the first example in it.
     """
-    segments = batch.segments
-    if any(parent >= 0 for parent in segments.parents):
-        return batch
-    row = _Row(_needed(batch), segments.offsets, batch.num_tokens)
-    row.add(list(range(len(segments))), 0, -1)
+    paths = _paths(batch)
+    row = _Row(batch.input_ids[0].tolist(), [places for _, places in paths])
+    row.add(list(range(len(paths))), 0, -1)
+    leaves = torch.zeros(len(batch.segments), dtype=torch.int64)
+    for (segments, _), leaf in zip(paths, row.leaves, strict=True):
+        leaves[segments] = leaf
     old = torch.tensor(row.taken)
     new = torch.tensor(row.places)
+    ends = [paths[owner][0][-1] for owner in row.owners]
     return batch.replace(
         input_ids=batch.input_ids[:, old],
         position_ids=batch.position_ids[:, old],
         segments=Segments(row.lengths, row.parents),
         target_positions=new[batch.target_positions],
-        target_segments=torch.tensor(row.leaves)[batch.target_segments],
-        examples=tuple(batch.examples[owner] for owner in row.owners),
-        sources=tuple(batch.sources[owner] for owner in row.owners),
+        target_segments=leaves[batch.target_segments],
+        examples=tuple(batch.examples[end] for end in ends),
+        sources=tuple(batch.sources[end] for end in ends),
     )
 
 
-def _needed(batch: PackedBatch) -> list[list[int]]:
-    """The tokens of each example up to the last that predicts a target, but one at least."""
+def _paths(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
+    """The segments of each example, and where its tokens lie up to the last that predicts a target, one at least."""
     segments = batch.segments
-    stops = [1] * len(segments)
-    for place, owner in zip(batch.target_positions.tolist(), batch.target_segments.tolist(), strict=True):
+    stops = [0] * len(segments)  # tokens of each segment that are needed
+    for place in batch.target_positions.tolist():
+        owner = bisect_right(segments.offsets, place) - 1
         stops[owner] = max(stops[owner], place - segments.offsets[owner] + 1)
-    ids = batch.input_ids[0].tolist()
-    return [ids[offset : offset + stop] for offset, stop in zip(segments.offsets, stops, strict=True)]
+    inner = set(segments.parents)
+    found = []
+    for number in range(len(segments)):
+        if number in inner:
+            continue
+        line = [*segments.ancestors(number), number]
+        last = max((depth for depth, one in enumerate(line) if stops[one]), default=0)
+        places: list[int] = []
+        for one in line[: last + 1]:
+            stop = max(stops[one], 1) if one == line[last] else segments.lengths[one]
+            places += range(segments.offsets[one], segments.offsets[one] + stop)
+        found.append((line, places))
+    return found
 
 
 class _Row:
     """The new row while it is laid out.
 
     Args:
-        ids: Tokens of each example.
-        offsets: Where each example lies in the old row.
-        num_tokens: Length of the old row.
+        ids: Tokens of the old row.
+        paths: For each example where its tokens lie in the old row.
 
     Attributes:
         taken: For each place of the new row a place of the old one with the same token.
-        places: For each place of the old row that of its token in the new one.
+        places: For each place of the old row that of its token in the new one, or of one of them.
         lengths: Of each new segment.
         parents: Of each new segment.
         owners: The first example in each new segment.
         leaves: The last segment of each example.
     """
 
-    def __init__(self, ids: Sequence[Sequence[int]], offsets: Sequence[int], num_tokens: int) -> None:
-        self.ids, self.offsets = ids, offsets
+    def __init__(self, ids: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        self.paths, self.ids = paths, [[ids[place] for place in path] for path in paths]
         self.taken: list[int] = []
-        self.places = [0] * num_tokens
+        self.places = [0] * len(ids)
         self.lengths: list[int] = []
         self.parents: list[int] = []
         self.owners: list[int] = []
-        self.leaves = [-1] * len(ids)
+        self.leaves = [-1] * len(paths)
 
     def add(self, members: list[int], start: int, parent: int) -> None:
         """Lays out what some examples, equal up to `start`, have from there on."""
         common = self._common(members, start)
-        if len(members) == 1 or common - start >= SHORTEST:
+        if len(members) == 1 or (len(members) - 1) * (common - start) >= SHORTEST:
             parent = self._segment(members, start, common, parent)
             start = common
         groups: dict[int, list[int]] = {}
@@ -111,10 +126,9 @@ class _Row:
         """Puts a stretch that all members share at the end of the row; returns its number."""
         for member in members:
             self.leaves[member] = len(self.lengths)
-            offset = self.offsets[member]
-            self.places[offset + start : offset + stop] = range(len(self.taken), len(self.taken) + stop - start)
-        offset = self.offsets[members[0]]
-        self.taken += range(offset + start, offset + stop)
+            for shift, place in enumerate(self.paths[member][start:stop]):
+                self.places[place] = len(self.taken) + shift
+        self.taken += self.paths[members[0]][start:stop]
         self.lengths.append(stop - start)
         self.parents.append(parent)
         self.owners.append(members[0])

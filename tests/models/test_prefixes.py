@@ -9,6 +9,7 @@ from ftlit.batch import Example, pack
 from ftlit.models.policy import Policy, score_packed, use_segment_attention
 from ftlit.models.prefixes import SHORTEST, shared
 from ftlit.peft import LoRA, PrefixTuning, PromptTuning
+from ftlit.rollout.experience import branches
 from ftlit.testing import tiny_lm
 
 SYSTEM = list(range(30, 30 + SHORTEST + 2))
@@ -40,15 +41,10 @@ def trees(draw):
     return made
 
 
-@given(examples=trees(), family=st.sampled_from(["llama", "mistral", "gemma3"]))
-@settings(max_examples=40, deadline=None)
-def test_scores_and_gradients_stay(examples, family):
-    lm = lm_of(family)
-    batch = pack(examples)
-    fewer = shared(batch)
-    assert fewer.num_tokens <= batch.num_tokens
+def check_same(lm, batch, fewer, atol):
+    """Scores and gradients of both rows are the same."""
     plain, ours = score_packed(lm, batch).logps, score_packed(lm, fewer).logps
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6 if family == "gemma3" else 1e-9)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=atol)
     if len(plain):
         factor = torch.linspace(0.5, 2, len(plain), dtype=torch.float64)
         parameters = [p for p in lm.parameters() if p.requires_grad]
@@ -60,13 +56,61 @@ def test_scores_and_gradients_stay(examples, family):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # gradients of norms are rounded to float32
 
 
-def test_gradients_are_equal_to_the_last_digits_where_norms_do_not_round(monkeypatch):
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+@given(examples=trees(), family=st.sampled_from(["llama", "mistral", "gemma3"]))
+@settings(max_examples=40, deadline=None)
+def test_scores_and_gradients_stay(examples, family):
+    batch = pack(examples)
+    fewer = shared(batch)
+    assert fewer.num_tokens <= batch.num_tokens
+    check_same(lm_of(family), batch, fewer, 1e-6 if family == "gemma3" else 1e-9)
 
-    def in_float64(norm, x):
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", in_float64)
+@st.composite
+def forests(draw):
+    """Answers as branches of prompts: one and several, prompts of a token or two, the same answer twice."""
+    prompts, answers, owners = [], [], []
+    for owner in range(draw(st.integers(1, 4))):
+        begin = draw(st.sampled_from([SYSTEM, SYSTEM[:3], []]))
+        prompt = [*begin, *draw(st.lists(st.integers(100, 101), min_size=1, max_size=4))]
+        drawn = [draw(st.lists(st.integers(100, 101), min_size=1, max_size=5)) for _ in range(draw(st.integers(1, 5)))]
+        prompts += [prompt] * len(drawn)
+        answers += drawn
+        owners += [owner] * len(drawn)
+    batch = branches(prompts, answers, owners, owners)
+    if draw(st.booleans()):  # targets inside of prompts too
+        own = torch.tensor(
+            [place for place in range(1, batch.num_tokens) if place not in batch.segments.offsets], dtype=torch.int64
+        )
+        segment = torch.tensor([0] * batch.num_tokens)
+        for number, (offset, length) in enumerate(zip(batch.segments.offsets, batch.segments.lengths, strict=True)):
+            segment[offset : offset + length] = number
+        batch = batch.replace(
+            target_positions=own - 1,
+            target_ids=batch.input_ids[0, own],
+            target_segments=segment[own],
+            target_weights=torch.ones(len(own)),
+        )
+    return batch
+
+
+@given(batch=forests())
+@settings(max_examples=60, deadline=None)
+def test_branches_keep_their_scores_and_gradients(batch):
+    check_same(lm_of("llama"), batch, shared(batch), 1e-6)
+
+
+def test_prompts_of_branches_share_their_beginning_and_one_answer_needs_no_segment_of_its_own():
+    one, two = [*SYSTEM, 60], [*SYSTEM, 61]
+    batch = shared(branches([one, two, two], [[100, 101], [110, 111, 112], [120, 2]], [0, 1, 1], [5, 6, 6]))
+    assert batch.input_ids[0].tolist() == [*SYSTEM, 60, 100, 61, 110, 111, 61, 120]
+    assert (batch.segments.lengths, batch.segments.parents) == ((10, 2, 3, 2), (-1, 0, 0, 0))
+    assert batch.target_positions.tolist() == [10, 11, 15, 13, 14, 15, 16]
+    assert batch.target_segments.tolist() == [1, 1, 2, 2, 2, 3, 3]
+    assert batch.examples == (5, 5, 6, 6)
+
+
+@pytest.mark.usefixtures("norms_in_float64")
+def test_gradients_are_equal_to_the_last_digits_where_norms_do_not_round():
     lm = lm_of("llama")
     rests = [[100 + i, *range(n)] for i, n in enumerate((5, 9, 70, 3))]
     batch = pack([example(SYSTEM + rest, len(SYSTEM)) for rest in rests])
