@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ValueHead(nn.Module):
-    """A linear layer on the hidden states of the policy; it starts at 0.
+    """A linear layer on the hidden states of the policy; it starts at 0, and PPO sets its bias at the first rollout.
 
     Args:
         width: D, the policy's hidden size.
@@ -35,6 +35,25 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
         self.detached = detached
+
+    @property
+    def new(self) -> bool:
+        """Whether it has learned nothing and was not told where to start."""
+        return not (self.weight.any() or self.bias.any())
+
+    @torch.no_grad()
+    def start_at(self, level: Tensor, values: Tensor) -> Tensor:
+        """Makes a new head say the same of every token.
+
+        Args:
+            level: What.
+            values: What it said before, zeros, `[N]`.
+
+        Returns:
+            What it says now, `[N]`.
+        """
+        self.bias.fill_(float(level))
+        return values + self.bias.to(values)
 
     def forward(self, batch: PackedBatch, scores: TokenScores) -> Tensor:
         """The value before each token.

@@ -48,6 +48,17 @@ class Outcome(NamedTuple):
         """All rewards of each answer together, `[S]`."""
         return self.scores + sums(self.token_rewards, self.owners, len(self.scores))
 
+    @property
+    def placed(self) -> Tensor:
+        """Rewards of single tokens, with that of the answer on its last, `[N]`."""
+        _, stops = bounds(self.owners)
+        return self.token_rewards.index_add(0, stops - 1, self.scores)
+
+    @property
+    def rewards_to_go(self) -> Tensor:
+        """All rewards from each token on, `[N]`."""
+        return gae(self.placed, torch.zeros_like(self.token_rewards), self.owners, 1.0, 1.0)
+
 
 class Estimate(NamedTuple):
     """What the update is told.
@@ -107,10 +118,7 @@ class GAE(Advantage):
     @override
     def __call__(self, outcome: Outcome, total: Total = alone) -> Estimate:
         assert outcome.values is not None
-        rewards = outcome.token_rewards.clone()
-        _, stops = bounds(outcome.owners)
-        rewards[stops - 1] += outcome.scores
-        advantages = gae(rewards, outcome.values, outcome.owners, self.gamma, self.lam)
+        advantages = gae(outcome.placed, outcome.values, outcome.owners, self.gamma, self.lam)
         returns = advantages + outcome.values
         return Estimate(whiten(advantages, total) if self.whiten else advantages, returns)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ftlit.batch import StepTotals
 from ftlit.data.prompts import PromptRow
 from ftlit.errors import ConfigError
+from ftlit.models.value import ValueHead
 from ftlit.objectives.advantages import Outcome, moments, sums
 from ftlit.objectives.kl import kl_estimate
 from ftlit.objectives.policy_gradient import reduction_weights
@@ -277,6 +278,10 @@ class Rollouts:
             values=values,
             baselines=baselines,
         )
+        if values is not None and isinstance(stage.critic, ValueHead) and stage.critic.new:
+            # From 0 a short run is spent on learning the level, and not on telling tokens apart.
+            values = stage.critic.start_at(moments(outcome.rewards_to_go, self.total)[1], values)
+            outcome = outcome._replace(values=values)
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)
         for step, total in zip(found.steps, found.totals, strict=True):

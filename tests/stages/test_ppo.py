@@ -160,14 +160,19 @@ def greedy(lm, prompt, new=6):
     return out[0, len(prompt) :].tolist()
 
 
+def mean_reward(rewards, found):
+    """Over tokens."""
+    return sum(r * len(answer) for r, answer in zip(rewards, found.answers, strict=True)) / found.num_tokens
+
+
 def textbook_advantages(kind, rewards, found, size, greedy_of, stage):
-    """The advantages of each answer's tokens; for GAE before they are whitened (values are 0)."""
-    out = []
+    """The advantages of each answer's tokens; for GAE before they are whitened (values are all the mean reward)."""
+    out, level = [], mean_reward(rewards, found)
     for i, answer in enumerate(found.answers):
         group = rewards[i // size * size : (i // size + 1) * size]
         mean, count = sum(group) / size, len(answer)
         if kind.startswith("gae"):
-            each = [rewards[i] * 0.95 ** (count - 1 - t) for t in range(count)]
+            each = [(rewards[i] - level) * 0.95 ** (count - 1 - t) for t in range(count)]
         elif kind == "remax":
             each = [rewards[i] - odd(None, [text_of(stage, greedy_of(found.prompts[i // size]))])[0]] * count
         elif kind == "rloo":
@@ -197,12 +202,13 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
     with torch.no_grad():
         old = [logps_of(start, found.prompts[i // size], answer, warmth)[0] for i, answer in enumerate(found.answers)]
     texts = [text_of(stage, answer) for answer in found.answers]
-    # At the first rollout the divergence is 0, and so is the value: the penalty changes no advantage.
+    # At the first rollout the divergence is 0: the penalty changes no advantage.
     given = textbook_advantages(kind, odd(None, texts), found, size, lambda p: greedy(start, p), stage)
-    advantages, returns = given, given
+    level = mean_reward(odd(None, texts), found)
+    advantages, returns = given, [one + level for one in given]
     if kind.startswith("gae"):
-        every = torch.cat(returns)
-        advantages = [(one - every.mean()) / (every.var() + 1e-8).sqrt() for one in returns]
+        every = torch.cat(given)
+        advantages = [(one - every.mean()) / (every.var() + 1e-8).sqrt() for one in given]
     torch.testing.assert_close(
         found.tokens["advantages"],
         torch.tensor([one for answer in advantages for one in answer]).double(),
@@ -211,7 +217,7 @@ def test_a_step_is_the_textbook_gradient(rows, kind):
     )  # rewards are float32
     head = [
         torch.zeros(16, dtype=torch.float64, requires_grad=True),
-        torch.zeros(1, dtype=torch.float64, requires_grad=True),
+        torch.full((1,), level, dtype=torch.float64, requires_grad=True),
     ]
 
     def total_loss():
@@ -394,6 +400,17 @@ def test_a_value_model_of_its_own(rows):
         assert torch.equal(record.grads[0][name], grad) or not name.startswith("policy.")
 
 
+def test_a_new_value_head_starts_at_the_mean_reward_and_learns_from_there(rows):
+    stage, record, _ = train(rows, lr=1e-3)
+    both = record.found[0], record.found[-1]
+    levels = [mean_reward(odd(None, [text_of(stage, answer) for answer in one.answers]), one) for one in both]
+    first, last = (found.tokens["values"] for found in both)
+    torch.testing.assert_close(first, torch.full_like(first, levels[0]), rtol=1e-6, atol=0)
+    assert last.std() > 0
+    assert stage.critic.bias.item() == pytest.approx(levels[0], abs=8.1e-3)  # eight steps of Adam away
+    assert abs(levels[1] - levels[0]) > 0.01
+
+
 def test_a_value_model_from_a_language_model_starts_at_zero(rows):
     """A copy, even of the policy itself, with its own strategy; added rows and learning go on beside it."""
     lm = tiny_lm("llama", vocab_size=259)
@@ -543,11 +560,13 @@ def test_rewards_of_single_tokens(rows, whiten):
     totals = torch.tensor([float(sum(token % 2 for token in answer)) for answer in found.answers])
     mean, std = (totals.mean(), totals.std()) if whiten else (0.0, 1.0)
     expected = []
-    for answer in found.answers:  # values are 0: the advantage is the return
+    for answer in found.answers:
         each = [token % 2 / std for token in answer]
         last = -mean / std - 0.5 * (answer[-1] != 2)
         expected += [sum(each[place:]) + last for place in range(len(answer))]
-    torch.testing.assert_close(found.tokens["advantages"], torch.tensor(expected), rtol=0, atol=1e-5)
+    level = sum(expected) / len(expected)  # what a new head says of every token
+    torch.testing.assert_close(found.tokens["values"], torch.full((len(expected),), level), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.tokens["advantages"], torch.tensor(expected) - level, rtol=0, atol=1e-5)
     assert record.steps[0]["objective/scores"] == pytest.approx(totals.mean().item())
     summed = lambda completion_ids: [float(sum(token % 2 for token in answer)) for answer in completion_ids]  # noqa: E731
     options |= {"advantage": GRPO(), "num_answers": 3}
