@@ -15,8 +15,9 @@ import torch
 
 from ftlit.batch import PackedBatch, Segments
 
-# A segment costs some calls a layer: it must save at least as many tokens as this.
+# A segment costs some calls a layer: it must save so many tokens, by having as many or by that share of the row.
 SHORTEST = 8
+LEAST = 1 / 32
 
 
 def shared(batch: PackedBatch) -> PackedBatch:
@@ -28,7 +29,7 @@ def shared(batch: PackedBatch) -> PackedBatch:
 
     Returns:
         The batch to run instead. The targets keep their order; `target_segments` names the last segments of their
-        examples in the new row, `examples` of a shared segment is that of the first example in it.
+        examples in the new row, `examples` of a shared segment is that of the first example in it. It has no pairs.
     """
     paths = _paths(batch)
     row = _Row(batch.input_ids[0].tolist(), [places for _, places in paths])
@@ -47,6 +48,7 @@ def shared(batch: PackedBatch) -> PackedBatch:
         target_segments=leaves[batch.target_segments],
         examples=tuple(batch.examples[end] for end in ends),
         sources=tuple(batch.sources[end] for end in ends),
+        pairs=(),
     )
 
 
@@ -100,7 +102,9 @@ class _Row:
     def add(self, members: list[int], start: int, parent: int) -> None:
         """Lays out what some examples, equal up to `start`, have from there on."""
         common = self._common(members, start)
-        if len(members) == 1 or (len(members) - 1) * (common - start) >= SHORTEST:
+        saved = (len(members) - 1) * (common - start)
+        worth = common - start >= SHORTEST or saved >= max(SHORTEST, LEAST * len(self.places))
+        if len(members) == 1 or worth:
             parent = self._segment(members, start, common, parent)
             start = common
         groups: dict[int, list[int]] = {}

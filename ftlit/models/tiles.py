@@ -137,16 +137,27 @@ def _one(
 ) -> _Tile:
     """The tile of the tokens `first` to `last` of one segment that starts at `offset`."""
     earlier = sum(stop - start for start, stop in before)
-    begin = 0
+    keys = [*before, (prefix + offset, prefix + offset + last)]
     if window is None or window >= earlier + last:
         allowed = torch.ones(last - first, last - first, dtype=torch.bool).tril()
     else:
-        begin = 0 if before else max(0, first - window + 1)
+        begin = max(-earlier, first - window + 1)  # the first key that any of them sees
+        keys = _without(keys, earlier + begin)
         own = torch.arange(first, last)[:, None]
-        seen = torch.arange(begin - earlier, last)[None]
+        seen = torch.arange(begin, last)[None]
         allowed = (seen <= own) & (seen > own - window)
-    keys = _joined([*before, (prefix + offset + begin, prefix + offset + last)])
-    return _Tile(offset + first, offset + last, keys, _bias(allowed, dtype))
+    return _Tile(offset + first, offset + last, _joined(keys), _bias(allowed, dtype))
+
+
+def _without(stretches: list[tuple[int, int]], number: int) -> list[tuple[int, int]]:
+    """Stretches of keys without the first so many keys."""
+    left = []
+    for start, stop in stretches:
+        gone = min(number, stop - start)
+        number -= gone
+        if start + gone < stop:
+            left.append((start + gone, stop))
+    return left
 
 
 def _joined(stretches: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

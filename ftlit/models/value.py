@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ftlit.batch import PackedBatch
 from ftlit.errors import ConfigError
 from ftlit.models.heads import ScalarPolicy, bidirectional, reads_first
 from ftlit.models.load import Classifier, load_classifier, load_tokenizer
-from ftlit.models.policy import recompute_activations
+from ftlit.models.policy import disable_dropout, recompute_activations
 from ftlit.objectives.scores import TokenScores
 from ftlit.peft.base import PEFTStrategy
 
@@ -35,6 +36,16 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
         self.detached = detached
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves, but casts to no narrower type: small steps from the level of the rewards would be rounded away."""
+
+        def moved(value: Tensor) -> Tensor:
+            now = fn(value)
+            return value.to(now.device) if now.element_size() < value.element_size() else now
+
+        return super()._apply(moved, recurse)
 
     @property
     def new(self) -> bool:
@@ -93,6 +104,11 @@ class ValueModel(ScalarPolicy):
                 for parameter in loaded.lm.get_submodule(name).parameters():
                     parameter.zero_()
 
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
     @override
     def forward(self, batch: PackedBatch, scores: TokenScores) -> Tensor:  # type: ignore[override]
         """The value before each token.
@@ -108,6 +124,16 @@ class ValueModel(ScalarPolicy):
         return self.read(batch)[:, 0]
 
 
+def new_head(lm: PreTrainedModel, detached: bool = False) -> ValueHead:
+    """A value head for a language model, at least float32.
+
+    Args:
+        lm: The policy's model.
+        detached: Whether its loss leaves the policy alone.
+    """
+    return ValueHead(lm.config.hidden_size, detached, torch.promote_types(lm.dtype, torch.float32))
+
+
 def load_value_model(
     source: str | PreTrainedModel,
     strategy: PEFTStrategy,
@@ -116,7 +142,7 @@ def load_value_model(
     checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> ValueModel:
-    """A value model from a language model or a reward model.
+    """A value model from a language model or a reward model, without dropout.
 
     Args:
         source: Hub id, folder, or a model built in Python.
@@ -134,7 +160,9 @@ def load_value_model(
     loaded = load_classifier(source, ["value"], dtype, trust_remote_code=trust_remote_code)
     if checkpointing:
         recompute_activations(loaded.lm)
-    return ValueModel(loaded, strategy)
+    critic = ValueModel(loaded, strategy)
+    disable_dropout(critic)
+    return critic
 
 
-__all__ = ["ValueHead", "ValueModel", "load_value_model"]
+__all__ = ["ValueHead", "ValueModel", "load_value_model", "new_head"]

@@ -54,10 +54,13 @@ class Outcome(NamedTuple):
         _, stops = bounds(self.owners)
         return self.token_rewards.index_add(0, stops - 1, self.scores)
 
-    @property
-    def rewards_to_go(self) -> Tensor:
-        """All rewards from each token on, `[N]`."""
-        return gae(self.placed, torch.zeros_like(self.token_rewards), self.owners, 1.0, 1.0)
+    def rewards_to_go(self, gamma: float = 1.0) -> Tensor:
+        """All rewards from each token on, `[N]`.
+
+        Args:
+            gamma: Discount of a token.
+        """
+        return gae(self.placed, torch.zeros_like(self.token_rewards), self.owners, gamma, 1.0)
 
 
 class Estimate(NamedTuple):
@@ -83,6 +86,9 @@ class Advantage(ABC):
 
     least_answers: ClassVar[int] = 1
     """Answers that each prompt must have."""
+
+    gamma: float = 1.0
+    """Discount of a token, where values are used."""
 
     @abstractmethod
     def __call__(self, outcome: Outcome, total: Total = alone) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,20 @@ from ftlit.data.added import AddedRows
 from ftlit.data.packing import FILLER, StepPlanner
 from ftlit.rollout.experience import Experience
 from ftlit.rollout.generate import seed_of
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        experience: The rollout that it is in; None: between two.
+        first: Number of the rollout that it draws then.
+        trained: Tokens trained before that.
+    """
+
+    experience: Experience | None = None
+    first: int = 0
+    trained: int = 0
 
 
 class RolloutLoader:
@@ -148,4 +163,4 @@ class Added:
         return out
 
 
-__all__ = ["Added", "RolloutLoader"]
+__all__ = ["Added", "Resumed", "RolloutLoader"]

@@ -189,7 +189,14 @@ def ask(
         ConfigError: If it wants a column that the rows do not have, or does not return a list with a value an answer.
     """
     args, named = _arguments(verifier, list(prompts), list(completions), columns)
-    values = verifier(*args, **named)
+    try:
+        values = verifier(*args, **named)
+    except TypeError as error:
+        if "string indices" in str(error):
+            error.add_note(
+                "Completions are texts here and not lists of turns: say `completion` for `completion[0][...]`."
+            )
+        raise
     with contextlib.suppress(TypeError):
         values = list(values)
     if not isinstance(values, list) or len(values) != len(completions):
@@ -236,7 +243,8 @@ def finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ConfigError(f"verifier {name} must return numbers, got {value!r}.") from None
+            say = "; say 0 where it does not apply" if value is None else ""
+            raise ConfigError(f"verifier {name} must return numbers, got {value!r}{say}.") from None
         if not math.isfinite(number):
             raise ConfigError(f"verifier {name} returned {number} for {text[:60]!r}; give a number.")
         numbers.append(number)

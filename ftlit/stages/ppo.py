@@ -16,17 +16,17 @@ What is logged of a step, under the names that other trainers use:
   tokens: `policy/entropy` (nats), `val/explained_variance`;
 - of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
   `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced;
-- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
+- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`;
+  `train/tokens_per_s` is that of the update alone.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -35,7 +35,7 @@ from ftlit.callbacks.rollout_samples import RolloutSamples
 from ftlit.data.prompts import PromptData, PromptOrder
 from ftlit.errors import ConfigError
 from ftlit.models.policy import disable_dropout
-from ftlit.models.value import ValueHead, ValueModel, load_value_model
+from ftlit.models.value import ValueHead, ValueModel, load_value_model, new_head
 from ftlit.objectives.advantages import GAE, Advantage
 from ftlit.objectives.kl import KLPenalty, kl_estimate
 from ftlit.objectives.policy_gradient import PolicyLoss, PPOClip, value_loss
@@ -43,26 +43,12 @@ from ftlit.objectives.scores import TokenScores
 from ftlit.peft import Full, PEFTStrategy
 from ftlit.rollout.experience import Experience
 from ftlit.rollout.generator import BatchedGenerator, Generator, Sampling
-from ftlit.rollout.loader import Added, RolloutLoader
+from ftlit.rollout.loader import Added, Resumed, RolloutLoader
 from ftlit.rollout.rewards import Rewards, RewardShaping, RunningMoments
 from ftlit.rollout.verifiers import Verifier
 from ftlit.stages.base import MicroLoss, Stage
 from ftlit.stages.held_out import HeldOut
 from ftlit.stages.rollouts import Rollouts
-
-
-class Resumed(NamedTuple):
-    """Where a run goes on.
-
-    Attributes:
-        experience: The rollout that it is in; None: between two.
-        first: Number of the rollout that it draws then.
-        trained: Tokens trained before that.
-    """
-
-    experience: Experience | None = None
-    first: int = 0
-    trained: int = 0
 
 
 class PPO(Stage):
@@ -199,37 +185,19 @@ class PPO(Stage):
             self.strategy.remember_start(self.policy.lm)
             if self.advantage.uses_values:
                 self.critic = self._make_critic()
-        self._check_room()
-
-    def _check_room(self) -> None:
-        """Refuses answers that would go beyond the model: some models break there, others answer nonsense."""
-        assert self.policy is not None
-        rows = getattr(getattr(self._trainer, "datamodule", None), "rows", {})
-        longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
-        own = getattr(self.policy.lm.config, "max_position_embeddings", None)
-        limits = [own, self.policy.longest, getattr(self.critic, "longest", None)]
-        most = min((limit for limit in limits if limit), default=None)
-        room = None if most is None else most - longest - getattr(self.strategy, "num_virtual_tokens", 0)
-        if room is not None and self.sampling.max_new_tokens > room:
-            raise ConfigError(
-                f"model.max_new_tokens is {self.sampling.max_new_tokens}, but the longest prompt has {longest} tokens "
-                f"and the model takes {most} in all: set it to at most {max(room, 0)}, or lower data.max_length."
-            )
+        self.rollouts.check_room()
 
     def _make_critic(self) -> ValueHead | ValueModel:
         assert self.policy is not None
         (source,) = self.value_source
         if source is None:
-            dtype = torch.promote_types(self.policy.lm.dtype, torch.float32)
-            return ValueHead(self.policy.lm.config.hidden_size, self.value_detached, dtype)
+            return new_head(self.policy.lm, self.value_detached)
         strategy = self.value_strategy or Full()
         critic = load_value_model(
             source, strategy, self.tokenizer, self._load_dtype(strategy), self.gradient_checkpointing,
             self.trust_remote_code,
         )  # fmt: skip
-        disable_dropout(critic)
-        trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
-        rank_zero_only(print)(f"values     {type(critic.lm).__name__}: {trained:,} trained", flush=True)
+        rank_zero_only(print)(f"values     {type(critic.lm).__name__}: {critic.num_trained:,} trained", flush=True)
         return critic
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -373,7 +341,11 @@ class PPO(Stage):
         self.held_out.answer("val", batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/reward`, `val/kl` (nats an answer), `val/length`, `val/ended`; of other sets `val/NAME/...`."""
+        """Logs `val/reward`, `val/kl`, `val/length`, `val/ended`; of other sets `val/NAME/...`.
+
+        `val/kl` is by how much likelier the policy finds its greedy answers than the start does, nats an answer: as a
+        rule more than the divergence `objective/kl` of drawn answers.
+        """
         super().on_validation_epoch_end()
         self.held_out.log("val")
 
@@ -398,17 +370,13 @@ class PPO(Stage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the rollout that the run is in, of every rank, and what steers it."""
         super().on_save_checkpoint(checkpoint)
-        present = None if self.loader is None else self.loader.experience
+        loader = self.loader
+        present = None if loader is None else loader.experience
         checkpoint["ppo"] = {
+            **self.rollouts.state_dict(),
             "rollouts": self.rollouts.gather(None if present is None else present.state_dict()),
-            "taken": self.rollouts.taken,
-            "next": 0 if self.loader is None else self.loader.next,
-            "trained": 0 if self.loader is None else self.loader.trained,
-            "kl_coef": self.rollouts.kl_coef,
-            "steered": self.kl.target is not None,
-            "running": self.rewards.running.state_dict(),
-            "seconds": dict(self.rollouts.seconds),
-            "metrics": dict(self.rollouts.metrics),
+            "next": 0 if loader is None else loader.next,
+            "trained": 0 if loader is None else loader.trained,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -421,11 +389,7 @@ class PPO(Stage):
         if "ppo" not in checkpoint:
             raise ConfigError("this checkpoint is not of PPO: start from its weights with --model.policy instead.")
         own = checkpoint["ppo"]
-        if own["steered"] and self.kl.target is not None:  # else what is given counts
-            self.rollouts.kl_coef = own["kl_coef"]
-        self.rollouts.taken = own["taken"]
-        self.rollouts.seconds, self.rollouts.metrics = dict(own["seconds"]), dict(own["metrics"])
-        self.rewards.running.load_state_dict(own["running"])
+        self.rollouts.load_state_dict(own)
         ranks = own["rollouts"]
         if self._trainer is None:
             return

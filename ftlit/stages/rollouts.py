@@ -82,6 +82,45 @@ class Rollouts:
         """The stage."""
         return self._stage[0]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on with."""
+        return {
+            "taken": self.taken,
+            "kl_coef": self.kl_coef,
+            "steered": self.stage.kl.target is not None,
+            "running": self.stage.rewards.running.state_dict(),
+            "seconds": dict(self.seconds),
+            "metrics": dict(self.metrics),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with it; the weight of a penalty that is not steered is the one that is given now."""
+        if state["steered"] and self.stage.kl.target is not None:
+            self.kl_coef = state["kl_coef"]
+        self.taken = state["taken"]
+        self.seconds, self.metrics = dict(state["seconds"]), dict(state["metrics"])
+        self.stage.rewards.running.load_state_dict(state["running"])
+
+    def check_room(self) -> None:
+        """Refuses answers that would go beyond the model: some models break there, others answer nonsense.
+
+        Raises:
+            ConfigError: If the longest prompt leaves too little room.
+        """
+        stage = self.stage
+        assert stage.policy is not None
+        rows = getattr(getattr(stage._trainer, "datamodule", None), "rows", {})
+        longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
+        own = getattr(stage.policy.lm.config, "max_position_embeddings", None)
+        limits = [own, stage.policy.longest, getattr(stage.critic, "longest", None)]
+        most = min((limit for limit in limits if limit), default=None)
+        room = None if most is None else most - longest - getattr(stage.strategy, "num_virtual_tokens", 0)
+        if room is not None and stage.sampling.max_new_tokens > room:
+            raise ConfigError(
+                f"model.max_new_tokens is {stage.sampling.max_new_tokens}, but the longest prompt has {longest} tokens "
+                f"and the model takes {most} in all: set it to at most {max(room, 0)}, or lower data.max_length."
+            )
+
     def collect(self, number: int) -> Experience:
         """One rollout of training.
 
@@ -280,7 +319,7 @@ class Rollouts:
         )
         if values is not None and isinstance(stage.critic, ValueHead) and stage.critic.new:
             # From 0 a short run is spent on learning the level, and not on telling tokens apart.
-            values = stage.critic.start_at(moments(outcome.rewards_to_go, self.total)[1], values)
+            values = stage.critic.start_at(moments(outcome.rewards_to_go(stage.advantage.gamma), self.total)[1], values)
             outcome = outcome._replace(values=values)
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)

@@ -137,9 +137,16 @@ def test_what_is_shared_by_some_is_found():
     assert (batch.segments.lengths, batch.segments.parents) == ((10, 12, 1, 1, 1), (-1, 0, 1, 1, 0))
 
 
+def test_few_tokens_are_shared_where_that_saves_a_part_of_the_row():
+    short = shared(branches([[5, 6, 7]] * 4, [[100 + i, 2] for i in range(4)], [0] * 4, [0] * 4))
+    assert (short.segments.lengths, short.segments.parents) == ((3, 1, 1, 1, 1), (-1, 0, 0, 0, 0))
+    long = shared(pack([example([1, 100 + i, *range(60)]) for i in range(9)]))  # one token of all
+    assert set(long.segments.parents) == {-1}
+
+
 def test_too_little_in_common_is_left():
-    batch = shared(pack([example([1, 2, 3, 4]), example([1, 2, 3, 5])]))
-    assert batch.segments.lengths == (3, 3)
+    batch = shared(pack([example([1, 2, *range(100, 150)]), example([1, 2, *range(110, 170)])]))
+    assert batch.segments.lengths == (51, 61)
 
 
 @pytest.mark.parametrize(

@@ -94,3 +94,13 @@ def test_keys_that_lie_side_by_side_are_read_without_a_copy():
     segments = Segments([20, TILE + 10, TILE + 10], [-1, 0, 0])
     assert [len(tile.keys) for tile in _plan(segments, 0, None, torch.float32)] == [1, 1, 1, 2, 2]
     assert [len(tile.keys) for tile in _plan(segments, 3, None, torch.float32)] == [1, 1, 1, 2, 2]
+
+
+def test_a_window_reaches_no_further_back_because_there_is_a_parent():
+    window = 40
+    segments = Segments([20, 30, 300], [-1, 0, 1])
+    for prefix in (0, 3):
+        for tile in _plan(segments, prefix, window, torch.float32)[2:]:
+            seen = sum(stop - start for start, stop in tile.keys)
+            assert seen <= tile.stop - tile.start + window - 1
+            assert tile.bias.shape == (tile.stop - tile.start, seen)

@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 
 from ftlit.errors import ConfigError
-from ftlit.rollout.verifiers import Contains, FinalNumber, final_number, resolve, verify
+from ftlit.rollout.verifiers import Contains, FinalNumber, ask, final_number, resolve, verify
 from ftlit.testing import VerifierSuite
 
 
@@ -86,7 +86,7 @@ def test_what_a_verifier_is_given_and_returns_is_checked():
         (1.0, "a list of 1 numbers, got float"),
         (None, "got NoneType"),
         (["good"], "must return numbers, got 'good'"),
-        ([None], "must return numbers, got None"),
+        ([None], "must return numbers, got None; say 0 where it does not apply"),
         ([float("nan")], "returned nan for 'a'"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -106,6 +106,15 @@ def test_a_function_is_given_what_it_names():
         assert verify(function, prompts, ["abc"], columns) == [7.0]
     with pytest.raises(ConfigError, match=r"<lambda>: the rows have no column 'answr': did you mean 'answer'\?"):
         verify(lambda completions, answr: [0.0], prompts, ["abc"], columns)
+
+
+def test_who_expects_lists_of_turns_is_told_what_completions_are():
+    with pytest.raises(TypeError) as error:
+        ask(lambda completions: [len(one[0]["content"]) for one in completions], [[]], ["good"], {})
+    assert "say `completion` for `completion[0][...]`" in error.value.__notes__[0]
+    with pytest.raises(TypeError) as error:
+        ask(lambda completions: [one + 1 for one in completions], [[]], ["good"], {})
+    assert not hasattr(error.value, "__notes__")
 
 
 def test_missing_columns_are_one_sentence():

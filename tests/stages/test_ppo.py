@@ -411,6 +411,17 @@ def test_a_new_value_head_starts_at_the_mean_reward_and_learns_from_there(rows):
     assert abs(levels[1] - levels[0]) > 0.01
 
 
+def test_the_level_of_a_new_value_head_is_discounted_like_its_returns(rows):
+    stage, record, _ = train(rows, steps=1, advantage=GAE(gamma=0.8))
+    found = record.found[0]
+    rewards = odd(None, [text_of(stage, answer) for answer in found.answers])
+    each = [
+        reward * 0.8**back for reward, answer in zip(rewards, found.answers, strict=True) for back in range(len(answer))
+    ]
+    values = found.tokens["values"]
+    torch.testing.assert_close(values, torch.full_like(values, sum(each) / len(each)), rtol=1e-6, atol=0)
+
+
 def test_a_value_model_from_a_language_model_starts_at_zero(rows):
     """A copy, even of the policy itself, with its own strategy; added rows and learning go on beside it."""
     lm = tiny_lm("llama", vocab_size=259)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ftlit.data.prompts import PromptData
+from ftlit.models.value import ValueHead
 from ftlit.objectives.advantages import GAE, GRPO, RLOO
 from ftlit.objectives.kl import KLPenalty
 from ftlit.objectives.policy_gradient import DAPO, GSPO
@@ -83,6 +84,43 @@ def held_out_reward(folder, kind, spoil=None):
     return stage.start_metrics["val/reward"], stage.last_metrics["val/reward"]
 
 
+def explained(folder):
+    """The share of the returns' variance that values explain, where prompts differ in what they are worth."""
+
+    def as_asked(prompts, completions, **columns):
+        return [float(turns[0]["content"].startswith("Good")) for turns in prompts]
+
+    rows = folder / "rows.jsonl"
+    with rows.open("w") as file:
+        for number in range(40):
+            turn = {"role": "user", "content": f"{'Good' if number % 2 else 'Bad'} {number}"}
+            file.write(json.dumps({"messages": [turn]}) + "\n")
+    torch.manual_seed(0)
+    stage = PPO(
+        policy=tiny_lm("llama", vocab_size=259), peft=Full(), reward=as_asked, max_new_tokens=8, lr=1e-2, value_lr=0.03,
+        schedule="constant", warmup=0, update_epochs=2, num_minibatches=2, advantage=GAE(), value_coef=1.0,
+        value_clip=None,
+    )  # fmt: skip
+    stage.tokenizer = tiny_tokenizer()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=60, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(stage, PromptData(train=str(rows), batch_size=16))
+    return stage.step_metrics["val/explained_variance"]
+
+
+def test_values_learn_what_a_prompt_is_worth(tmp_path, monkeypatch):
+    right = explained(tmp_path)
+    print(right)
+    assert right > 0.5
+    values = ValueHead.forward
+    monkeypatch.setattr(ValueHead, "forward", lambda *args: values(*args).flip(0))  # those of other answers
+    spoilt = explained(tmp_path)
+    print(spoilt)
+    assert spoilt < 0.2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_what_is_rewarded(tmp_path, kind):
     before, after = held_out_reward(tmp_path, kind)
@@ -92,7 +130,7 @@ def test_it_learns_what_is_rewarded(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "spoil"), [*((kind, turned_around) for kind in KINDS), ("gae", upside_down), ("grpo", on_prompts)]
+    ("kind", "spoil"), [(kind, spoil) for kind in KINDS for spoil in (turned_around, upside_down, on_prompts)]
 )
 def test_spoilt_it_does_not_learn(tmp_path, monkeypatch, kind, spoil):
     """So that the test above can fail."""

@@ -36,7 +36,8 @@ from tests.stages.test_ppo import odd, rows, train  # noqa: F401
 def test_the_first_ratio_is_one_in_half_precision(rows, strategy, precision):  # noqa: F811
     """Scoring and update take one path, under autocast too; and the reference stays the start."""
     options = {"num_minibatches": 1, "update_epochs": 2, "lr": 3e-2, "trainer": {"precision": precision}}
-    _, record, _ = train(rows, strategy(), **options)
+    stage, record, _ = train(rows, strategy(), **options)
+    assert {parameter.dtype for parameter in stage.critic.parameters()} == {torch.float32}
     assert [step["val/ratio"] for step in record.steps[::2]] == [1.0] * 4
     assert all(step["policy/approxkl"] == 0 for step in record.steps[::2])
     assert record.steps[0]["objective/kl"] == 0
