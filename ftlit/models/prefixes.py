@@ -15,13 +15,13 @@ import torch
 
 from ftlit.batch import PackedBatch, Segments
 
-# A segment costs some calls a layer: it must save so many tokens, by having as many or by that share of the row.
+# A segment costs some calls a layer: it must save so many tokens, by having as many or by that share of what shares it.
 SHORTEST = 8
 LEAST = 1 / 32
 
 
 def shared(batch: PackedBatch) -> PackedBatch:
-    """The same targets, predicted from fewer tokens.
+    """The same targets, predicted from fewer tokens, but for shared stretches that save less than `SHORTEST`.
 
     Args:
         batch: A micro-batch on the CPU. A path, from a segment without a parent to one without children, counts as
@@ -103,7 +103,8 @@ class _Row:
         """Lays out what some examples, equal up to `start`, have from there on."""
         common = self._common(members, start)
         saved = (len(members) - 1) * (common - start)
-        worth = common - start >= SHORTEST or saved >= max(SHORTEST, LEAST * len(self.places))
+        among = sum(len(self.ids[member]) - start for member in members)
+        worth = common - start >= SHORTEST or saved >= max(SHORTEST, LEAST * among)
         if len(members) == 1 or worth:
             parent = self._segment(members, start, common, parent)
             start = common

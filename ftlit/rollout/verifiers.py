@@ -194,7 +194,7 @@ def ask(
     except TypeError as error:
         if "string indices" in str(error):
             error.add_note(
-                "Completions are texts here and not lists of turns: say `completion` for `completion[0][...]`."
+                "Completions are texts, not lists of turns: if so, say `completion` for `completion[0][...]`."
             )
         raise
     with contextlib.suppress(TypeError):

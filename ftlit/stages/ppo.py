@@ -15,9 +15,8 @@ What is logged of a step, under the names that other trainers use:
   whose answers all got one reward: nothing is learned from them in comparison), `answers/length`, `answers/ended`; over
   tokens: `policy/entropy` (nats), `val/explained_variance`;
 - of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
-  `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced;
-- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`;
-  `train/tokens_per_s` is that of the update alone.
+  `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced; `train/tokens_per_s` is that of its update alone;
+- of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
 """
 
 from __future__ import annotations

@@ -140,6 +140,10 @@ def test_what_is_shared_by_some_is_found():
 def test_few_tokens_are_shared_where_that_saves_a_part_of_the_row():
     short = shared(branches([[5, 6, 7]] * 4, [[100 + i, 2] for i in range(4)], [0] * 4, [0] * 4))
     assert (short.segments.lengths, short.segments.parents) == ((3, 1, 1, 1, 1), (-1, 0, 0, 0, 0))
+    number = range(400)
+    prompts = [[5, 6, 7 + i // 10] for i in number]
+    many = branches(prompts, [[100 + i, 101, 2] for i in number], [i // 10 for i in number], [0] * 400)
+    assert shared(many).num_tokens <= many.num_tokens
     long = shared(pack([example([1, 100 + i, *range(60)]) for i in range(9)]))  # one token of all
     assert set(long.segments.parents) == {-1}
 
