@@ -149,6 +149,8 @@ def test_few_tokens_are_shared_where_that_saves_a_part_of_the_row():
 
 
 def test_too_little_in_common_is_left():
+    batch = shared(pack([example([1, 2, 3, 4]), example([1, 2, 3, 5])]))
+    assert batch.segments.lengths == (3, 3)
     batch = shared(pack([example([1, 2, *range(100, 150)]), example([1, 2, *range(110, 170)])]))
     assert batch.segments.lengths == (51, 61)
 

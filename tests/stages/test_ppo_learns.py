@@ -61,26 +61,36 @@ def on_prompts(stage, monkeypatch):
     monkeypatch.setattr(Experience, "pack", wrong)
 
 
-def held_out_reward(folder, kind, spoil=None):
-    """What held-out prompts are worth before and after training."""
+def trained(folder, contents, steps, spoil=None, trainer=None, data=None, **options):
+    """A stage that has learned on prompts."""
     rows = folder / "rows.jsonl"
     with rows.open("w") as file:
-        for number in range(40):
-            file.write(json.dumps({"messages": [{"role": "user", "content": f"Say {number}"}]}) + "\n")
+        for content in contents:
+            file.write(json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n")
     torch.manual_seed(0)
     stage = PPO(
-        policy=tiny_lm("llama", vocab_size=259), peft=Full(), reward=some_letters, max_new_tokens=8, lr=1e-2,
-        schedule="constant", warmup=0, update_epochs=2, num_minibatches=2, kl=KLPenalty(0.001), **KINDS[kind],
+        policy=tiny_lm("llama", vocab_size=259), peft=Full(), max_new_tokens=8, lr=1e-2, schedule="constant", warmup=0,
+        update_epochs=2, num_minibatches=2, **options,
     )  # fmt: skip
     stage.tokenizer = tiny_tokenizer()
     if spoil is not None:
         spoil(stage)
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=72, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, num_sanity_val_steps=-1,
-        val_check_interval=1000, check_val_every_n_epoch=None, default_root_dir=folder,
+    runner = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, default_root_dir=folder,
+        **(trainer or {}),
     )  # fmt: skip
-    trainer.fit(stage, PromptData(train=str(rows), validation=0.2, batch_size=16))
+    runner.fit(stage, PromptData(train=str(rows), batch_size=16, **(data or {})))
+    return stage
+
+
+def held_out_reward(folder, kind, spoil=None):
+    """What held-out prompts are worth before and after training."""
+    often = {"num_sanity_val_steps": -1, "val_check_interval": 1000, "check_val_every_n_epoch": None}
+    stage = trained(
+        folder, [f"Say {number}" for number in range(40)], 72, spoil, often, {"validation": 0.2}, reward=some_letters,
+        kl=KLPenalty(0.001), **KINDS[kind],
+    )  # fmt: skip
     return stage.start_metrics["val/reward"], stage.last_metrics["val/reward"]
 
 
@@ -90,23 +100,9 @@ def explained(folder):
     def as_asked(prompts, completions, **columns):
         return [float(turns[0]["content"].startswith("Good")) for turns in prompts]
 
-    rows = folder / "rows.jsonl"
-    with rows.open("w") as file:
-        for number in range(40):
-            turn = {"role": "user", "content": f"{'Good' if number % 2 else 'Bad'} {number}"}
-            file.write(json.dumps({"messages": [turn]}) + "\n")
-    torch.manual_seed(0)
-    stage = PPO(
-        policy=tiny_lm("llama", vocab_size=259), peft=Full(), reward=as_asked, max_new_tokens=8, lr=1e-2, value_lr=0.03,
-        schedule="constant", warmup=0, update_epochs=2, num_minibatches=2, advantage=GAE(), value_coef=1.0,
-        value_clip=None,
-    )  # fmt: skip
-    stage.tokenizer = tiny_tokenizer()
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=60, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(stage, PromptData(train=str(rows), batch_size=16))
+    contents = [f"{'Good' if number % 2 else 'Bad'} {number}" for number in range(40)]
+    options = {"value_lr": 0.03, "value_coef": 1.0, "value_clip": None}
+    stage = trained(folder, contents, 60, reward=as_asked, advantage=GAE(), **options)
     return stage.step_metrics["val/explained_variance"]
 
 
