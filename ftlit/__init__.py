@@ -25,6 +25,7 @@ _HOMES = {
     "LoRA": "ftlit.peft.lora",
     "PrefixTuning": "ftlit.peft.prefix_tuning",
     "PromptTuning": "ftlit.peft.prompt_tuning",
+    "SelectiveStrategy": "ftlit.peft.selective",
     "RowFormat": "ftlit.data.formats.base",
     "PackedBatch": "ftlit.batch",
     "FtlitError": "ftlit.errors",

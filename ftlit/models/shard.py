@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from ftlit.batch import Example, pack
+from ftlit.errors import ConfigError
 from ftlit.models.policy import Policy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from ftlit.peft.base import PEFTStrategy
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:
@@ -31,6 +37,44 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     for layer in decoder_layers(policy.lm):
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
+    _refuse_swaps(policy.strategy)
+
+
+def _refuse_swaps(strategy: PEFTStrategy) -> None:
+    """Makes a strategy whose `start` gives sharded weights other memory an error.
+
+    FSDP2 keeps reading the old memory: the start would be the present model, or the process would end without a word.
+    """
+    enter = strategy.start
+
+    @contextmanager
+    def start(model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as stack:
+            with _NoSwaps(type(strategy).__name__):
+                stack.enter_context(enter(model))
+            yield
+
+    strategy.start = start  # type: ignore[method-assign]
+
+
+class _NoSwaps(TorchFunctionMode):
+    """Refuses `parameter.data = value` where either is sharded.
+
+    Args:
+        name: Name of the strategy, for the error.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__set__ and any(isinstance(value, DTensor) for value in args):  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{self._name}.start sets parameter.data, which FSDP2 does not follow: subclass "
+                "ftlit.SelectiveStrategy, or copy into the memory of each shard (parameter.to_local().copy_(...))."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

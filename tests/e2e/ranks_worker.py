@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -11,7 +12,8 @@ import torch
 from ftlit import peft
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.store import Joined
-from ftlit.forgetting import Interpolate
+from ftlit.errors import ConfigError
+from ftlit.forgetting import Interpolate, TargetKL
 from ftlit.models.shard import gathered
 from ftlit.rollout.generate import generate
 from ftlit.stages import SFT, RewardModel
@@ -19,11 +21,36 @@ from ftlit.testing import tiny_comparisons, tiny_examples, tiny_lm, tiny_tokeniz
 
 # 21 examples, eight a step: the last step of each epoch has five, which two ranks share unevenly.
 LENGTHS = (9, 4, 4, 12, 2, 7, 15, 3, 6, 6, 11, 5, 8, 2, 3, 10, 4, 9, 7, 5, 6)
-PEFT = {
-    "LoRA": {"rank": 3},
-    "Full": {},
-    "PrefixTuning": {"num_virtual_tokens": 3},
-    "PromptTuning": {"num_virtual_tokens": 3},
+
+
+class Norms(peft.SelectiveStrategy):
+    """Some of the weights, inside and outside of the layers."""
+
+    def apply(self, model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+
+
+class Swapping(Norms):
+    """Gives weights other memory at the start, as is fine without shards."""
+
+    @contextmanager
+    def start(self, model):
+        now = {name: p.data for name, p in self.trained(model).items()}
+        for name, parameter in self.trained(model).items():
+            parameter.data = now[name].clone()
+        yield
+        for name, parameter in self.trained(model).items():
+            parameter.data = now[name]
+
+
+METHODS = {
+    "LoRA": lambda: peft.LoRA(rank=3),
+    "Full": peft.Full,
+    "PrefixTuning": lambda: peft.PrefixTuning(num_virtual_tokens=3),
+    "PromptTuning": lambda: peft.PromptTuning(num_virtual_tokens=3),
+    "Norms": Norms,
+    "Swapping": Swapping,
 }
 
 
@@ -77,20 +104,23 @@ class Quietly(L.Callback):
 def train(
     strategy="auto", *, method="LoRA", family="llama", batch_size=8, accumulate=1, max_tokens=None, world=1,
     float64=False, sgd=True, precision=None, steps=10, plugins=None, gradient_checkpointing=False,
-    alpha=None,
+    alpha=None, kl=False,
 ):  # fmt: skip
-    """Ten steps, and back by `alpha`; returns the trained weights (on the first rank), metrics, micro-batches."""
+    """Ten steps, with a divergence to the start if `kl`, and back by `alpha`.
+
+    Returns the trained weights (on the first rank), metrics, micro-batches; or what was refused.
+    """
     torch.manual_seed(0)
     dtype = torch.float64 if float64 else torch.float32
     lm = tiny_lm(family, dtype)
     optimizer = (lambda groups: torch.optim.SGD(groups, lr=0.1)) if sgd else None
     schedule = lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=10)  # noqa: E731
     stage = SFT(
-        policy=lm, peft=getattr(peft, method)(**PEFT[method]), lr=0.01, warmup=2, optimizer=optimizer,
+        policy=lm, peft=METHODS[method](), lr=0.01, warmup=2, optimizer=optimizer,
         lr_scheduler=schedule if sgd else None, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     record = Record()
-    callbacks = [record] if alpha is None else [record, Interpolate(alpha)]
+    callbacks = [record, *([] if alpha is None else [Interpolate(alpha)]), *([TargetKL(weight=0.5)] if kl else [])]
     if strategy == "fsdp":
         from ftlit.stages.fsdp import FSDP2
 
@@ -102,7 +132,10 @@ def train(
         accumulate_grad_batches=accumulate, callbacks=callbacks, use_distributed_sampler=False, plugins=plugins,
         **options,
     )  # fmt: skip
-    trainer.fit(stage, Data(batch_size=batch_size, max_tokens=max_tokens, seed=3))
+    try:
+        trainer.fit(stage, Data(batch_size=batch_size, max_tokens=max_tokens, seed=3))
+    except ConfigError as error:
+        return {"error": str(error)}
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     weights = trainer.strategy.lightning_module_state_dict()
     rank = trainer.global_rank  # ranks answer unequally many prompts
@@ -124,7 +157,7 @@ def train_reward(strategy="auto", *, method="LoRA", batch_size=8, max_tokens=Non
     """A reward model; returns the trained weights (on the first rank), and metrics of steps and validation."""
     torch.manual_seed(0)
     stage = RewardModel(
-        policy=tiny_lm(), peft=getattr(peft, method)(**PEFT[method]), lr=0.01, warmup=2,
+        policy=tiny_lm(), peft=METHODS[method](), lr=0.01, warmup=2,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
     )  # fmt: skip
     stage.tokenizer = tiny_tokenizer()

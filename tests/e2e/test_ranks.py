@@ -89,6 +89,17 @@ def test_sharded_equals_one_rank(tmp_path):
             assert first["loss"] == pytest.approx(second["loss"], rel=2e-2)
 
 
+def test_a_sharded_start_is_the_start(tmp_path):
+    """A control that needs it, with strategies that train weights of the model itself; swapped memory is refused."""
+    jobs = [{"method": method, "kl": True} for method in ("Norms", "Full", "LoRA")]
+    two = {"strategy": "fsdp", "batch_size": 4}
+    *results, swapped = on_two_ranks([{**job, **two} for job in (*jobs, {"method": "Swapping", "kl": True})], tmp_path)
+    for result, job in zip(results, jobs, strict=True):
+        assert_alike(result, train(**job), weights=2e-6, metrics=2e-5)
+    assert swapped["error"].startswith("Swapping.start sets parameter.data, which FSDP2 does not follow")
+    assert "subclass ftlit.SelectiveStrategy" in swapped["error"]
+
+
 def test_a_sharded_reward_model_equals_one_rank(tmp_path, monkeypatch):
     """Trunk and new head, with every strategy; rows end to end and held out, uneven over the ranks."""
     jobs = [{"method": method} for method in ("LoRA", "Full", "PrefixTuning", "PromptTuning")]
