@@ -167,21 +167,23 @@ def apply_head(lm: PreTrainedModel, states: Tensor) -> Tensor:
         states: One state an example, `[N, D]`.
 
     Returns:
-        `[N, L]`, at least float32.
+        `[N, L]`, at least float32: autocast would round scores that differ little to one number.
     """
-    pooler = getattr(lm.base_model, "pooler", None)
-    if pooler is not None:
-        states = pooler(states.to(_dtype(pooler))[:, None])
-    for name in _PARTS:
-        part = getattr(lm, name, None)
-        if part is None:
-            continue
-        states = states.to(_dtype(part, states.dtype))
-        # A head of several layers takes whole sequences and reads their first place.
-        states = part(states[:, None]) if name == "classifier" and not isinstance(part, nn.Linear) else part(states)
-        if name == "pre_classifier":
-            states = F.relu(states)
-    return states.to(torch.promote_types(states.dtype, torch.float32))
+    with torch.autocast(states.device.type, enabled=False):
+        pooler = getattr(lm.base_model, "pooler", None)
+        if pooler is not None:
+            states = pooler(states.to(_dtype(pooler))[:, None])
+        for name in _PARTS:
+            part = getattr(lm, name, None)
+            if part is None:
+                continue
+            states = states.to(_dtype(part, states.dtype))
+            # A head of several layers takes whole sequences and reads their first place.
+            whole = name == "classifier" and not isinstance(part, nn.Linear)
+            states = part(states[:, None]) if whole else part(states)
+            if name == "pre_classifier":
+                states = F.relu(states)
+        return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _dtype(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
@@ -275,13 +277,14 @@ def unbranched(batch: PackedBatch) -> PackedBatch:
     stretches, lengths = [], []
     for leaf in leaves:
         parts = [*segments.ancestors(leaf), leaf]
-        stretches += [torch.arange(segments.offsets[p], segments.offsets[p] + segments.lengths[p]) for p in parts]
+        ends = [(segments.offsets[part], segments.offsets[part] + segments.lengths[part]) for part in parts]
+        stretches += [torch.arange(start, stop, device=device) for start, stop in ends]
         lengths.append(sum(segments.lengths[part] for part in parts))
-    taken = torch.cat(stretches).to(device)
+    taken = torch.cat(stretches)
     new = {leaf: number for number, leaf in enumerate(leaves)}
     return batch.replace(
         input_ids=batch.input_ids[:, taken],
-        position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         segments=Segments(lengths),
         target_segments=torch.tensor([new[leaf] for leaf in batch.target_segments.tolist()], device=device),
         examples=tuple(batch.examples[leaf] for leaf in leaves),

@@ -92,7 +92,7 @@ class Policy(nn.Module):
             rows = (batch.target_sources == source).nonzero()[:, 0]
             start, start_head = self._start(batch.only({source}))
             values = token_kl(hidden.index_select(0, rows), head_of(self.lm), start, start_head, temperature)
-            divergences = divergences.index_copy(0, rows, values)
+            divergences = divergences.index_copy(0, rows, values.to(divergences.dtype))
         return scores._replace(kl=divergences)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -175,7 +175,8 @@ def target_states(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: A
         segments=batch.segments,
         **attention_kwargs,
     ).last_hidden_state[0]
-    # index_select: branches of one prompt share its last token, and only this backward is repeatable then.
+    # index_select: branches of one prompt share its last token, and on a CPU only this backward is repeatable then. (On
+    # a GPU it adds in any order, so that runs agree up to rounding.)
     return hidden.index_select(0, batch.target_positions)
 
 

@@ -13,6 +13,7 @@ With `p = softmax(z)` over V tokens, the gradients of a row's scores with respec
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ftlit.objectives.scores import TokenScores
 from ftlit.peft.lora_layers import LowRank
 
 # Logits in flight at once, bytes: large enough to keep a matrix product busy, small enough for a cache or a GPU.
-TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+TILE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # What a trained head may keep of its logits between forward and backward, bytes.
 KEEP_BYTES = 512 << 20
 
@@ -79,25 +80,67 @@ def token_scores(
     """
     tile = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"]) if tile_bytes is None else tile_bytes
     rows = max(1, tile // (head.weight.shape[0] * 4))
-    weight, low, up = head.weight, None, None
-    if not torch.is_autocast_enabled(hidden.device.type):
-        weight = weight.to(hidden.dtype)  # a trained copy is wider than a half-precision model
+    low, up = None, None
     if head.low_rank is not None:
         down, up, factor, dropout = head.low_rank
         low = factor * F.linear(F.dropout(hidden, dropout), down.to(hidden.dtype))
         low, up = low.to(hidden.dtype), up.to(hidden.dtype)
     plan = _Plan(
-        head.scale, head.softcap, float(temperature), rows, "mean_logps" in needs, "mean_logps" in needs | watch,
-        "entropy" in needs, "entropy" in needs | watch, "choice" in watch, "log_sum_sq" in watch,
+        product_dtype(hidden), head.scale, head.softcap, float(temperature), rows,
+        "mean_logps" in needs, "mean_logps" in needs | watch, "entropy" in needs, "entropy" in needs | watch,
+        "choice" in watch, "log_sum_sq" in watch,
     )  # fmt: skip
-    values = _TokenScores.apply(hidden, low, weight, up, head.bias, targets, plan)
+    values = _TokenScores.apply(hidden, low, head.weight, up, head.bias, targets, plan)
     logps, correct, mean_logps, entropy, choice, log_sum_sq = values
     return TokenScores(logps, correct, entropy, mean_logps, choice=choice, log_sum_sq=log_sum_sq)
 
 
-class _Plan(NamedTuple):
-    """The settings of one call: the head's, rows a tile, and for each extra score its gradient and its value."""
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which hidden states are multiplied with the output layer: that of autocast, else their own."""
+    device = hidden.device.type
+    narrow = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if narrow else hidden.dtype
 
+
+def product(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    """A matrix product, at least float32; that of factors in half precision is not rounded where the device can.
+
+    Args:
+        left: `[n, k]`.
+        right: `[k, m]`, of the same type.
+        exact: Whether factors are widened first where it cannot, which takes longer.
+    """
+    if left.dtype.itemsize >= 4:
+        return left @ right
+    if sums_in_float32(left.device.type, left.dtype):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float() if exact else (left @ right).float()
+
+
+@lru_cache
+def sums_in_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether a device gives products of half-precision matrices without rounding them to half precision.
+
+    Args:
+        device: Its kind, such as `cuda`.
+        dtype: Type of the factors.
+    """
+    some = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(some, some, out_dtype=torch.float32)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+class _Plan(NamedTuple):
+    """The settings of one call.
+
+    The type of the matrix product, what the head does besides, rows a tile, and for each extra score its gradient and
+    its value.
+    """
+
+    dtype: torch.dtype
     scale: float
     softcap: float | None
     temperature: float
@@ -125,6 +168,10 @@ class _Inputs(NamedTuple):
         low = None if self.low is None else self.low[part]
         return self._replace(hidden=self.hidden[part], low=low, targets=self.targets[part])
 
+    def to(self, dtype: torch.dtype) -> _Inputs:
+        """The factors of the product in another type."""
+        return self._replace(hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+
 
 class _Tile(NamedTuple):
     """What a chunk of n rows leaves for its gradients.
@@ -151,12 +198,11 @@ def _forward(inputs: _Inputs, plan: _Plan) -> tuple[tuple[Tensor | None, ...], _
     The scores are `logps, correct, mean_logps, entropy, choice, log_sum_sq`.
     """
     hidden, low, weight, up, bias, targets = inputs
-    logits = hidden @ weight.t()
+    logits = product(hidden, weight.t())
     if low is not None and up is not None:
         logits = logits.addmm_(low.to(logits.dtype), up.to(logits.dtype).t())
     if bias is not None:
         logits = logits + bias
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if plan.scale != 1.0:
         logits *= plan.scale
     slope = None
@@ -225,6 +271,8 @@ def _dlogits(
 
 
 class _TokenScores(torch.autograd.Function):
+    """Scores of all rows; autocast is off inside, and the product alone is in its type."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -236,7 +284,8 @@ class _TokenScores(torch.autograd.Function):
         targets: Tensor,
         plan: _Plan,
     ) -> tuple[Tensor | None, ...]:
-        inputs = _Inputs(hidden, low, weight, up, bias, targets)
+        given = _Inputs(hidden, low, weight, up, bias, targets)
+        inputs = given.to(plan.dtype)
         num = hidden.shape[0]
         options: dict[str, Any] = {
             "dtype": torch.promote_types(hidden.dtype, torch.float32),
@@ -258,13 +307,16 @@ class _TokenScores(torch.autograd.Function):
         for start in range(0, num, plan.rows):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
-            values, tile = _forward(rows, plan)
+            with torch.autocast(hidden.device.type, enabled=False):
+                values, tile = _forward(rows, plan)
+                if wants_hidden:
+                    _store_slopes(slopes, part, tile, rows, plan)
             for whole, value in zip((logps, correct, mean, entropy, choice, log_sum_sq), values, strict=True):
                 if whole is not None and value is not None:
                     whole[part] = value
             if wants_hidden:
-                _store_slopes(slopes, part, tile, rows, plan)
-            elif wants_head and kept_bytes + tile.num_bytes <= KEEP_BYTES:
+                continue
+            if wants_head and kept_bytes + tile.num_bytes <= KEEP_BYTES:
                 kept.append(tile)
                 kept_bytes += tile.num_bytes
             elif wants_head:
@@ -273,7 +325,7 @@ class _TokenScores(torch.autograd.Function):
         if wants_hidden:
             ctx.save_for_backward(*slopes)
         elif wants_head:
-            ctx.save_for_backward(*inputs, *(tensor for tile in kept for tensor in tile))
+            ctx.save_for_backward(*given, *(tensor for tile in kept for tensor in tile))
         plain = [correct] if choice is None else [correct, choice]
         plain += [] if mean is None or plan.mean_grad else [mean]
         plain += [] if entropy is None or plan.entropy_grad else [entropy]
@@ -295,8 +347,9 @@ class _TokenScores(torch.autograd.Function):
             ]
             return sum(products[1:], start=products[0]), *[None] * 6
         saved = ctx.saved_tensors
-        inputs = _Inputs(*saved[:6])
-        hidden, low, weight, up, bias, _ = inputs
+        given = _Inputs(*saved[:6])
+        hidden, low, weight, up, bias, _ = given
+        inputs = given.to(plan.dtype)
         wide = torch.promote_types(weight.dtype, torch.float32)  # what is summed over chunks
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_low = None if low is None else torch.empty_like(low)
@@ -306,21 +359,22 @@ class _TokenScores(torch.autograd.Function):
         for number, start in enumerate(range(0, hidden.shape[0], plan.rows)):
             part = slice(start, start + plan.rows)
             rows = inputs.rows(part)
+            # Outside of autocast, as Lightning's own backward.
             tile = _Tile(*saved[6 + 3 * number : 9 + 3 * number]) if number < ctx.kept else _forward(rows, plan)[1]
             d_one, d_mean, d_entropy = (None if grad is None else grad[part, None] for grad in coefficients)
             assert d_one is not None
             dlogits = _dlogits(tile, rows.targets, plan, d_one, 0.0 if d_mean is None else d_mean, d_entropy)
-            dlogits = dlogits.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = dlogits @ weight
-            if grad_low is not None and up is not None:
-                grad_low[part] = dlogits @ up
-            if grad_weight is not None:
-                grad_weight.addmm_(dlogits.t().to(wide), rows.hidden.to(wide))
-            if grad_up is not None and rows.low is not None:
-                grad_up.addmm_(dlogits.t().to(wide), rows.low.to(wide))
             if grad_bias is not None:
                 grad_bias += dlogits.sum(0)
+            dlogits = dlogits.to(plan.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = dlogits @ rows.weight
+            if grad_low is not None and up is not None:
+                grad_low[part] = dlogits @ up.to(plan.dtype)
+            if grad_weight is not None:
+                grad_weight += product(dlogits.t(), rows.hidden, exact=True)
+            if grad_up is not None and rows.low is not None:
+                grad_up += product(dlogits.t(), rows.low.to(plan.dtype), exact=True)
         return (
             grad_hidden,
             grad_low,
@@ -344,4 +398,4 @@ def _store_slopes(slopes: list[Tensor | None], part: slice, tile: _Tile, rows: _
         of_logps[part] = grad.to(rows.weight.dtype) @ rows.weight
 
 
-__all__ = ["Head", "TokenScores", "token_scores"]
+__all__ = ["Head", "TokenScores", "product", "product_dtype", "token_scores"]

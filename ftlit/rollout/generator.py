@@ -133,7 +133,7 @@ def merged(lm: PreTrainedModel, strategy: PEFTStrategy) -> Iterator[None]:
         lm: The model.
         strategy: A strategy whose `changes` say all that it does to the model.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(lm.device.type, enabled=False):  # which would round the changes
         changes = {change.name: change.materialize().detach() for change in strategy.changes(lm)}
     with strategy.start(lm):
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
