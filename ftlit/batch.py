@@ -228,8 +228,8 @@ class PackedBatch:
         parents = [segments.parents[old] for old in keep]
         if any(parent >= 0 and parent not in new for parent in parents):
             raise ValueError("a segment of these sources has a parent of another source")
-        stretches = [torch.arange(segments.offsets[old], segments.offsets[old] + segments.lengths[old]) for old in keep]
-        taken = torch.cat(stretches).to(device)
+        ends = [(segments.offsets[old], segments.offsets[old] + segments.lengths[old]) for old in keep]
+        taken = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ends]).to(device)  # one transfer
         place = torch.zeros(self.num_tokens, dtype=torch.int64, device=device)
         place[taken] = torch.arange(len(taken), device=device)
         renumber = torch.tensor([new.get(old, -1) for old in range(len(segments))], device=device)

@@ -74,7 +74,7 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
         raise ConfigError("GenerationEval has no questions, only raw text; set its own rows to a file that asks.")
     chosen = asking
     if num_rows is not None and num_rows < len(asking):
-        order = torch.randperm(len(asking), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(asking), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
         chosen = [asking[place] for place in sorted(order[:num_rows].tolist())]
     out = []
     refused: dict[Source, list[str]] = {}

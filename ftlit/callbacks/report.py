@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from ftlit.callbacks import forgetting_report
 from ftlit.callbacks.generation_eval import GenerationEval
 from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
+from ftlit.device import peak_memory
 from ftlit.files import write_text
 from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.probe import ForgettingProbe
@@ -217,17 +216,9 @@ def estimate(stage: Stage, data: Any) -> float:
     return weights + states + activations + 3e8
 
 
-def peak_memory() -> int:
-    """Most memory held so far, bytes: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def memory_of_ranks(trainer: L.Trainer) -> list[int]:
-    """`peak_memory` of every rank; every rank has to ask."""
-    peak = peak_memory()
+    """`peak_memory` of the device of every rank; every rank has to ask."""
+    peak = peak_memory(trainer.strategy.root_device)
     if trainer.world_size == 1:
         return [peak]
     peaks: list[Any] = [None] * trainer.world_size

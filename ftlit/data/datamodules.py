@@ -449,7 +449,8 @@ class SFTData(L.LightningDataModule):
         count = max(1, round(share * len(rows)))
         if count >= len(rows):
             raise DataError(f"data.validation takes {count} of {len(rows)} rows and leaves none to train on.")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).numpy()
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        order = torch.randperm(len(rows), generator=generator, device="cpu").numpy()
         taken = np.zeros(sum(len(part) for part in readable), bool)
         taken[rows[order[:count]]] = True
         return np.split(taken, np.cumsum([len(part) for part in readable])[:-1])

@@ -84,8 +84,8 @@ class StepPlanner:
             return self.mixture.order(epoch)
         if not self.shuffle:
             return list(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        return torch.randperm(len(self.lengths), generator=generator, device="cpu").tolist()
 
     def plan(self, epoch: int) -> list[Step]:
         """All steps of an epoch."""

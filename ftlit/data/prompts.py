@@ -78,8 +78,8 @@ class PromptOrder:
         """The order of the prompts in an epoch."""
         if not self.shuffle:
             return list(range(self.num_prompts))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        return torch.randperm(self.num_prompts, generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        return torch.randperm(self.num_prompts, generator=generator, device="cpu").tolist()
 
     def rollout(self, start: int) -> list[tuple[int, int]]:
         """The prompts of a rollout.

@@ -143,8 +143,8 @@ def fisher(stage: Stage, examples: Sequence[Example], names: Sequence[str], seed
 @torch.no_grad()
 def _drawn(hidden: Tensor, head: Head, seed: int, number: int) -> Tensor:
     """A label for each hidden state, `[N]`: the same on any device and rank."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
-    uniform = torch.rand(len(hidden), 1, generator=generator, dtype=torch.float64).to(hidden.device)
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % (1 << 63))
+    uniform = torch.rand(len(hidden), 1, generator=generator, dtype=torch.float64, device="cpu").to(hidden.device)
     labels = []
     for some, chance in zip(hidden.split(_ROWS), uniform.split(_ROWS), strict=True):
         below = torch.softmax(logits_of(some, head).double(), dim=-1).cumsum(dim=-1)

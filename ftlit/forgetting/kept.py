@@ -31,10 +31,11 @@ def kept(stage: Stage, kind: str, settings: Any, make: Callable[[], dict[str, Te
     """
     assert stage.policy is not None
     trainer = stage.trainer
-    key = [fingerprint(stage.policy.lm, stage.strategy), settings, str(trainer.precision), torch.__version__]
+    device = next(stage.policy.parameters()).device
+    arithmetic = [str(trainer.precision), device.type, torch.__version__]
+    key = [fingerprint(stage.policy.lm, stage.strategy), settings, *arithmetic]
     name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     path = cache_dir() / kind / f"{name}.pt"
-    device = next(stage.policy.parameters()).device
     found = _read(path, device)
     here = torch.tensor(float(found is not None), device=device)
     if trainer.world_size > 1:  # ranks on several machines may have caches of their own

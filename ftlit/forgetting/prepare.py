@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -48,8 +49,9 @@ def prepare_controls(stage: Stage) -> None:
         stage.policy.to(stage.trainer.strategy.root_device)
     stage.policy.eval()
     rows = []
-    # What is drawn here must not move what is drawn in training.
-    with isolate_rng(), stage.trainer.precision_plugin.forward_context():
+    # What is drawn here must not move what is drawn in training, and new tensors lie on the CPU as they do later:
+    # Lightning builds models in a context that puts them on the GPU.
+    with torch.device("cpu"), isolate_rng(), stage.trainer.precision_plugin.forward_context():
         for control in controls:
             began = time.perf_counter()
             control.prepare(stage)

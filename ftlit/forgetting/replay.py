@@ -78,6 +78,8 @@ class Replay(ForgettingControl):
     def added_rows(self, stage: Stage) -> AddedRows:
         data: Any = stage.trainer.datamodule
         if self.rows == OWN:
+            assert stage.policy is not None
+            stage.strategy.remember_start(stage.policy.lm)
             examples: Sequence[Example] = own_text(
                 stage, None, self.num_rows or 256, max_new_tokens=self.max_new_tokens, seed=self.seed, skip=FIRST_OWN
             )

@@ -41,12 +41,12 @@ def bootstrap(
         resamples: How many times the rows are drawn anew.
         seed: Seed of the draws; the global generator is not used.
     """
-    sample = torch.tensor(values, dtype=torch.float64)
-    shares = torch.ones_like(sample) if weights is None else torch.tensor(weights, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randint(len(sample), (len(sample),), generator=generator) for _ in range(resamples)]
+    sample = torch.tensor(values, dtype=torch.float64, device="cpu")
+    shares = torch.ones_like(sample) if weights is None else torch.tensor(weights, dtype=torch.float64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = [torch.randint(len(sample), (len(sample),), generator=generator, device="cpu") for _ in range(resamples)]
     means = torch.stack([(sample[rows] * shares[rows]).sum() / shares[rows].sum() for rows in drawn])
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")).tolist()
     return low, high
 
 

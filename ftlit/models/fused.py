@@ -96,8 +96,9 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
-    """Random numbers that leave the global generator alone."""
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    """Random numbers that leave the global generator alone; the same on any device."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return numbers.to(like.device, like.dtype)
 
 

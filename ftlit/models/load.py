@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from ftlit.cache import cache_dir
+from ftlit.device import seeded
 from ftlit.errors import ConfigError
 from ftlit.models.fused import fuse
 from ftlit.models.heads import prepare_classifier
@@ -120,8 +121,7 @@ def load_classifier(
     Raises:
         ConfigError: If it cannot be found, read or packed, or it is a classifier with other outputs.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if isinstance(source, str):
             lm, new = _classifier_from(source, labels, dtype, trust_remote_code)
         else:

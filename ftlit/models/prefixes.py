@@ -34,11 +34,11 @@ def shared(batch: PackedBatch) -> PackedBatch:
     paths = _paths(batch)
     row = _Row(batch.input_ids[0].tolist(), [places for _, places in paths])
     row.add(list(range(len(paths))), 0, -1)
-    leaves = torch.zeros(len(batch.segments), dtype=torch.int64)
+    leaves = torch.zeros(len(batch.segments), dtype=torch.int64, device=batch.input_ids.device)
     for (segments, _), leaf in zip(paths, row.leaves, strict=True):
         leaves[segments] = leaf
-    old = torch.tensor(row.taken)
-    new = torch.tensor(row.places)
+    old = torch.tensor(row.taken, device=batch.input_ids.device)
+    new = torch.tensor(row.places, device=batch.input_ids.device)
     ends = [paths[owner][0][-1] for owner in row.owners]
     return batch.replace(
         input_ids=batch.input_ids[:, old],

@@ -72,7 +72,8 @@ def tiled_attention(
         keys, values = torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
     place = (prefix, window, query.dtype)
     if place not in segments.plans:
-        segments.plans[place] = _plan(segments, prefix, window, query.dtype)
+        with query.device:  # a context of the caller's may say that new tensors lie elsewhere
+            segments.plans[place] = _plan(segments, prefix, window, query.dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _Attention.apply(query[0], keys, values, segments.plans[place], scaling)[None]
 
@@ -219,8 +220,8 @@ class _Attention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         heads, _, width = query.shape
         grouped = query.unflatten(0, (key.shape[0], -1))
-        grad_query = torch.empty(query.shape, dtype=query.dtype)
-        grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (key, value))
+        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
         for start, stop, stretches, bias in ctx.tiles:
             rows = (grouped[:, :, start:stop] * ctx.scaling).flatten(1, 2)
             keys, values = _gather(key, stretches), _gather(value, stretches)

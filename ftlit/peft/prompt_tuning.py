@@ -104,7 +104,7 @@ class PromptTuning(VirtualTokens):
     @override
     def apply(self, model: PreTrainedModel) -> None:
         embed = model.get_input_embeddings()
-        chosen = torch.randint(embed.weight.shape[0], (self.num_virtual_tokens,))
+        chosen = torch.randint(embed.weight.shape[0], (self.num_virtual_tokens,), device="cpu")  # the same on any GPU
         with torch.no_grad():
             values = embed(chosen.to(embed.weight.device))
         self._attach(model, values.to(torch.promote_types(values.dtype, torch.float32)).clone())
@@ -129,7 +129,8 @@ class PromptTuning(VirtualTokens):
             positions.append(batch.position_ids[0, offset : offset + length] + virtual)
             shifts.append(shift)
             lengths.append(length + (virtual if parent < 0 else 0))
-        # index_select, not fancy indexing: the prompt's rows repeat, and only its backward is repeatable.
+        # index_select, not fancy indexing: the prompt's rows repeat, and on a CPU only its backward is repeatable. (On
+        # a GPU it adds in any order, so that runs agree up to rounding.)
         inputs = torch.cat([prompt, embeds]).index_select(0, torch.cat(rows))
         # A target moves with the segment that holds its state: a branch's first token is predicted from its parent.
         moved = torch.tensor(shifts, device=device).repeat_interleave(torch.tensor(segments.lengths, device=device))

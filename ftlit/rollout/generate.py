@@ -132,7 +132,7 @@ def answer(
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt must have at least one token, got none.")
     if temperature > 0 and seeds is None:
-        seeds = torch.randint(1 << 62, (len(prompts) * num_answers,)).tolist()
+        seeds = torch.randint(1 << 62, (len(prompts) * num_answers,), device="cpu").tolist()
     draws = None
     if temperature > 0 and seeds is not None:
         draws = [_draws(seed, max_new_tokens) for seed in seeds]
@@ -219,7 +219,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | Non
 
 
 def _draws(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
 
 
 class _Batch:

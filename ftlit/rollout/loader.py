@@ -117,8 +117,8 @@ class RolloutLoader:
         epoch, number = divmod(place, len(present.steps))
         if not epoch:
             return number
-        generator = torch.Generator().manual_seed(seed_of(self.seed, present.number, epoch))
-        return int(torch.randperm(len(present.steps), generator=generator)[number])
+        generator = torch.Generator("cpu").manual_seed(seed_of(self.seed, present.number, epoch))
+        return int(torch.randperm(len(present.steps), generator=generator, device="cpu")[number])
 
     def _trained(self, present: Experience, place: int) -> int:
         """Tokens trained in the run before a step."""

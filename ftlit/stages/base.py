@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
 from ftlit.data.packing import StepLoader
+from ftlit.device import wait_for
 from ftlit.errors import ConfigError
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.budget import ForgettingBudget
@@ -537,6 +538,7 @@ class Stage(Evaluated):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then measures: callbacks see `step_metrics` of the step they are told of."""
         super().optimizer_step(*args, **kwargs)
+        wait_for(self.device)
         totals, seconds = self.totals, time.perf_counter() - self._started
         for control in self.controls:
             self._of_controls |= {f"forgetting/{control.name}/{key}": x for key, x in control.step_values.items()}

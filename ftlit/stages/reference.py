@@ -71,8 +71,9 @@ class StoredScores:
 def stored_scores(stage: Stage, rows: Joined, name: str, batch_size: int, max_tokens: int | None) -> StoredScores:
     """The scores of a set of rows: from the cache, or computed and put there.
 
-    They are found by a hash of the start model, of every token and weight of the rows, and of the precision, so
-    scores of another model or of other rows are never taken for them. All ranks must ask; they share the work.
+    They are found by a hash of the start model, of every token and weight of the rows, and of the arithmetic
+    (precision, kind of device, version of torch), so scores of another model or of other rows are never taken for them.
+    All ranks must ask; they share the work.
 
     Args:
         stage: The stage, its model at its start or `strategy.start` able to bring it there.
@@ -85,7 +86,8 @@ def stored_scores(stage: Stage, rows: Joined, name: str, batch_size: int, max_to
     starts = np.concatenate([[0], np.cumsum(rows.measures().targets)])
     wide = np.float64 if str(stage.trainer.precision).startswith("64") else np.float32
     weights = fingerprint(stage.policy.lm, stage.strategy)
-    what = f"{VERSION} {weights} {rows.fingerprint()} {stage.trainer.precision} {np.dtype(wide)}"
+    arithmetic = f"{stage.trainer.precision} {stage.device.type} {torch.__version__} {np.dtype(wide)}"
+    what = f"{VERSION} {weights} {rows.fingerprint()} {arithmetic}"
     path = cache_dir() / "reference" / f"{hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}.npy"
     found = _read(path, int(starts[-1]))
     # Whether a file is there must be one answer for all ranks: they compute together or not at all.

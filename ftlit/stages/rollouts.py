@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ftlit.batch import StepTotals
 from ftlit.data.prompts import PromptRow
+from ftlit.device import wait_for
 from ftlit.errors import ConfigError
 from ftlit.models.value import ValueHead
 from ftlit.objectives.advantages import Outcome, moments, sums
@@ -411,8 +412,10 @@ class Rollouts:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
+        wait_for(self.stage.device)
         began = time.perf_counter()
         yield
+        wait_for(self.stage.device)
         self.seconds[what] += time.perf_counter() - began
 
 

@@ -63,7 +63,7 @@ class PEFTStrategySuite(ABC):
         policy = Policy(lm, self.make())
         policy.strategy.remember_start(lm)
         if moved:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
             with torch.no_grad():
                 for parameter in policy.strategy.trained(lm).values():
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

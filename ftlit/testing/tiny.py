@@ -139,7 +139,7 @@ def tiny_examples(lengths: Sequence[int] = (9, 4, 4, 12, 7), vocabulary: int = 2
         vocabulary: Tokens are drawn below this.
         seed: Seed of the tokens.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     examples = []
     for length in lengths:
         ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
@@ -167,7 +167,7 @@ def tiny_comparisons(
         margin: By how much the better answers are better.
         weight: How much a comparison counts.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     pieces, rows = [], []
     for row, (prompt, *answers) in enumerate(sizes):
         values = [margin, *(range(len(answers), 0, -1) if grades is None else grades[row])]
