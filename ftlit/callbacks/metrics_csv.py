@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,9 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.last = last
         self.resumed_at = None if last is None else int(last["step"])
-        self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
+        self._row: dict[str, Any] = {}  # the last one of the file; the others are only there
+        self._begins = 0  # where it begins, in bytes
         self._ready = False
 
     @property
@@ -66,21 +70,15 @@ class MetricsCSV(Logger):
         values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
         fresh = [key for key in values if key not in self.columns]
         # What is measured again at the step that the run goes on from takes the place of what was there.
-        merge = bool(self.rows) and self.rows[-1]["step"] == step
-        merge = merge and (step == self.resumed_at or not set(values) & set(self.rows[-1]))
-        if merge:
-            self.rows[-1] |= values
-        else:
-            self.rows.append({"step": step, **values})
-        self.columns += fresh
-        if fresh or merge:
-            self._write_all()
-        else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+        merge = bool(self._row) and self._row["step"] == step
+        merge = merge and (step == self.resumed_at or not set(values) & set(self._row))
+        if fresh:
+            self._widen(fresh)
+        self._put({**self._row, **values} if merge else {"step": step, **values}, again=merge)
 
     def _begin(self) -> None:
         self._ready = True
+        rows: list[dict[str, Any]] = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumed_at is not None and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -89,16 +87,38 @@ class MetricsCSV(Logger):
                 old = [{key: value for key, value in row.items() if value} for row in reader]
             # A killed run may have torn its last row.
             whole = [row for row in old if str(row.get("step")).isdigit() and None not in row]
-            self.rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) <= self.resumed_at]
+            rows = [{**row, "step": int(row["step"])} for row in whole if int(row["step"]) <= self.resumed_at]
         if self.last is not None and len(self.last) > 1:
-            if not self.rows or self.rows[-1]["step"] != self.resumed_at:
-                self.rows.append({"step": self.resumed_at})
-            self.rows[-1] = {**{key: float(value) for key, value in self.last.items()}, **self.rows[-1]}
+            if not rows or rows[-1]["step"] != self.resumed_at:
+                rows.append({"step": self.resumed_at})
+            rows[-1] = {**{key: float(value) for key, value in self.last.items()}, **rows[-1]}
             self.columns += [key for key in self.last if key not in self.columns]
-        self._write_all()
+        self._write_all(rows)
 
-    def _write_all(self) -> None:
+    def _widen(self, fresh: list[str]) -> None:
+        """Writes the file again with further columns."""
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        self.columns += fresh
+        self._write_all(rows)
+
+    def _write_all(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with replacing(self.path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(rows[:-1])
+            self._begins = file.tell()
+            writer.writerows(rows[-1:])
+        if rows:
+            self._row = {key: value for key, value in rows[-1].items() if value != ""}
+            self._row["step"] = int(self._row["step"])
+
+    def _put(self, row: dict[str, Any], *, again: bool) -> None:
+        """Writes a row behind the last one, or over it: one short write, which a kill does not tear."""
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerow(row)
+        with self.path.open("r+b") as file:
+            self._begins = file.seek(self._begins) if again else file.seek(0, os.SEEK_END)
+            file.write(text.getvalue().encode())
+            file.truncate()
+        self._row = row

@@ -179,3 +179,23 @@ def test_nothing_is_touched_before_the_first_metric(path):
     assert path.read_bytes() == before
     assert (logger.name, logger.version) == ("", "")
     assert logger.save_dir == logger.log_dir == str(path.parent)
+
+
+def test_a_row_costs_one_short_write_however_many_there_are(path, monkeypatch):
+    """Also where a validation joins the row of its step; old rows are neither kept in memory nor written again."""
+    logger = logger_of(path)
+    logger.log_metrics({"a": 1, "val": 1}, step=0)
+    monkeypatch.setattr(logger, "_write_all", None)
+    for step in range(1, 300):
+        logger.log_metrics({"a": step}, step=step)
+        logger.log_metrics({"val": -step}, step=step)
+    assert read(path)[1][1:] == [[str(step), f"{step}.0", f"-{step}.0"] for step in range(1, 300)]
+    assert sum(isinstance(value, list) and len(value) > 10 for value in vars(logger).values()) == 0
+
+
+def test_a_row_that_gets_shorter_leaves_nothing_behind(path):
+    logger_of(path).log_metrics({"a": 0.123456789, "b": 1}, step=2)
+    logger = logger_of(path, last={"step": 2})
+    logger.log_metrics({"a": 1}, step=2)
+    logger.log_metrics({"a": 2}, step=3)
+    assert read(path)[1] == [["2", "1.0", "1.0"], ["3", "2.0", ""]]
