@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
+# What a text is tokenized after, where its first characters would merge with a prompt: the first that does not itself.
+_LEADS = ("", "\n", ".", "a", "0")
 Tools = Sequence[Mapping[str, Any]] | None
 
 
@@ -148,8 +150,7 @@ class ChatTemplate:
             record = unanswered(record)
         if isinstance(record, Conversation):
             return self.prompt_ids(record.messages, record.tools)
-        text = record.text if isinstance(record, Text) else record.prompt
-        return self._begin() + self._tokenize([text])[0]
+        return self._opened(record.text if isinstance(record, Text) else record.prompt)
 
     def encode(self, record: Record) -> list[Example]:
         """The examples of a record: one as a rule, one an answer where one could not be exact, none if it weighs 0.
@@ -233,32 +234,64 @@ class ChatTemplate:
         return Example(whole.input_ids, [0.0, *whole.weights[1:]])
 
     def _completion(self, record: Completion) -> Example:
-        before = self._begin() + self._tokenize([record.prompt])[0]
-        (whole,) = self._tokenize([record.prompt + record.completion])
-        whole = self._begin() + whole
+        before = self._opened(record.prompt)
+        whole = self._opened(record.prompt + record.completion)
         if whole[: len(before)] == before:
             own = whole[len(before) :]
         else:  # see _answer
-            (own,) = self._tokenize([record.completion])
+            own, _ = self._apart(before, record.completion, whole)
         own = self._ended(own)
         if self.train_on == "all":
             return Example(before + own, [0.0] + [1.0] * (len(before) + len(own) - 1))
         return Example(before + own, [0.0] * len(before) + [1.0] * len(own))
 
     def _document(self, record: Text) -> Example:
-        ids = self._ended(self._begin() + self._tokenize([record.text])[0])
+        ids = self._ended(self._opened(record.text))
         return Example(ids, [0.0] + [1.0] * (len(ids) - 1))
 
-    def _begin(self) -> list[int]:
+    def _opened(self, text: str) -> list[int]:
+        """The tokens of a text without a template, after what the tokenizer itself puts before every text.
+
+        That is not put there again where the text has it already, as texts made by a chat template do.
+        """
         if self._opening is None:
             self._opening = opening_tokens(self.tokenizer)
-        return list(self._opening)
+        (ids,) = self._tokenize([text])
+        return ids if ids[: len(self._opening)] == self._opening else [*self._opening, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
+        """Some tokens with the end token after them, unless they have it; white space after it goes."""
         end = self.tokenizer.eos_token_id
         if end is None:
             raise ConfigError("this model's tokenizer has no end token, so text without a chat template has no end.")
-        return ids if ids and ids[-1] == end else [*ids, end]
+        if end in ids:
+            last = len(ids) - ids[::-1].index(end)
+            if not self.tokenizer.decode(ids[last:]).strip():
+                return ids[:last]
+        return [*ids, end]
+
+    def _apart(self, before: list[int], text: str, whole: list[int]) -> tuple[list[int], str]:
+        """The tokens of a text that goes on from a prompt with whose last token its first characters would merge.
+
+        Many tokenizers (of Llama 2, Mistral, Phi 3) put a space before whatever they are given, so the text is tokenized
+        after a character that it does not merge with, where it would not read as itself otherwise.
+
+        Args:
+            before: The tokens of the prompt.
+            text: What goes on from it.
+            whole: The tokens of both in one piece, which say how they read.
+
+        Returns:
+            The tokens, and what was put before the text to get them.
+        """
+        wanted = self.tokenizer.decode(whole, clean_up_tokenization_spaces=False)
+        for lead in _LEADS:
+            first, both = self._tokenize([lead, lead + text])
+            own = both[len(first) :]
+            read = self.tokenizer.decode(before + own, clean_up_tokenization_spaces=False)
+            if both[: len(first)] == first and read == wanted:
+                return own, lead
+        return self._tokenize([text])[0], ""
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -320,12 +353,12 @@ class ChatTemplate:
     def _answer(self, conversation: Conversation, number: int) -> _Answer:
         prompt, text = self._cut(conversation, number)
         before, whole = self._tokenize([prompt, prompt + text])
-        apart = whole[: len(before)] != before
-        if apart:  # its first characters would merge with the prompt's last: generation cannot undo its prompt
-            (own,) = self._tokenize([text])
+        if whole[: len(before)] != before:  # its first characters would merge with the prompt's last, and generation
+            # cannot undo its prompt
+            own, lead = self._apart(before, text, whole)
         else:
-            own = whole[len(before) :]
-        own = own[: self._trained(own, text)]
+            own, lead = whole[len(before) :], prompt
+        closed, own = len(own), own[: self._trained(own, text)]
         marks = self._marks(conversation.messages[: number + 1], conversation.tools)
         if marks is None:
             return _Answer(before, own, [True] * len(own))
@@ -336,9 +369,7 @@ class ChatTemplate:
                 "mend the marks or add_generation_prompt."
             )
         marks = [(start - len(prompt), end - len(prompt)) for start, end in marks if start >= len(prompt)]
-        places = self._places(text) if apart else self._places(prompt + text)[len(before) :]
-        if not apart:
-            places = [(start - len(prompt), end - len(prompt)) for start, end in places]
+        places = [(start - len(lead), end - len(lead)) for start, end in self._places(lead + text)[-closed:]]
         return _Answer(before, own, self._marked(places[: len(own)], marks))
 
     def _places(self, text: str) -> list[tuple[int, int]]:
