@@ -273,8 +273,8 @@ class ChatTemplate:
     def _apart(self, before: list[int], text: str, whole: list[int]) -> tuple[list[int], str]:
         """The tokens of a text that goes on from a prompt with whose last token its first characters would merge.
 
-        Many tokenizers (of Llama 2, Mistral, Phi 3) put a space before whatever they are given, so the text is tokenized
-        after a character that it does not merge with, where it would not read as itself otherwise.
+        Many tokenizers (of Llama 2, Mistral, Phi 3) put a space before whatever they are given, so the text is
+        tokenized after a character that it does not merge with, where it would not read as itself otherwise.
 
         Args:
             before: The tokens of the prompt.
