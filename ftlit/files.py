@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from ftlit.errors import FtlitError
 
 # No space, over the quota, over the largest size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Seconds after which what a process was making counts as left behind.
+_STALE = 3600.0
 
 
 class DiskFullError(FtlitError, OSError):
@@ -37,6 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clean(path.parent, f".{path.name}.*.tmp")
         yield scratch
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
@@ -48,6 +55,45 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def clean(folder: Path, pattern: str) -> None:
+    """Removes what processes that were killed left of the files and folders they were making.
+
+    Only what is older than an hour, and whose process is not running here: another machine may share the folder.
+
+    Args:
+        folder: Where to look.
+        pattern: Names with a process number between dots or dashes, such as `.last.ckpt.*.tmp`.
+    """
+    for left in folder.glob(pattern):
+        number = re.search(r"[.-](\d+)[.-]", left.name)
+        with contextlib.suppress(OSError):
+            if number is None or _is_running(int(number[1])) or time.time() - left.stat().st_mtime < _STALE:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from ftlit.batch import Example
 from ftlit.errors import ConfigError
+from ftlit.files import checksum, clean
 
 Truncate = Literal["end", "start", "drop"]
 _ARRAYS = ("ids", "weights", "starts", "stops", "rows", "windowed", "values")
@@ -241,7 +243,8 @@ class Examples(Stored):
     def save(self, folder: Path, **more: Any) -> None:
         """Writes the arrays to a folder, at once: it is made beside, and then renamed."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        clean(folder.parent, ".making-*")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".making-{os.getpid()}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             for name in _ARRAYS:
@@ -249,9 +252,11 @@ class Examples(Stored):
                     np.save(file, np.ascontiguousarray(getattr(self, name)))
                     file.flush()
                     os.fsync(file.fileno())
-            sizes = {name: (new / f"{name}.npy").stat().st_size for name in _ARRAYS}
+            files = {name: new / f"{name}.npy" for name in _ARRAYS}
+            sizes = {name: file.stat().st_size for name, file in files.items()}
+            content = {"sizes": sizes, "sums": {name: checksum(file) for name, file in files.items()}, **more}
             with (new / "index.json").open("w", encoding="utf-8") as index:
-                json.dump({"sizes": sizes, **more}, index)
+                json.dump({**content, "sum": _sum_of(content)}, index)
                 index.flush()
                 os.fsync(index.fileno())
             shutil.rmtree(folder, ignore_errors=True)
@@ -269,16 +274,25 @@ class Examples(Stored):
         """
         try:
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            sizes = index.pop("sizes")
-            if any((folder / f"{name}.npy").stat().st_size != sizes[name] for name in _ARRAYS):
-                raise ValueError("a file has another size")
+            if index.pop("sum") != _sum_of(index):
+                raise ValueError("index.json is damaged")
+            sizes, sums = index.pop("sizes"), index.pop("sums")
+            for name in _ARRAYS:
+                file = folder / f"{name}.npy"
+                if file.stat().st_size != sizes[name] or checksum(file) != sums[name]:
+                    raise ValueError(f"{file.name} is damaged")
             arrays = [np.load(folder / f"{name}.npy", mmap_mode="r" if sizes[name] > 200 else None) for name in _ARRAYS]
             lengths = {len(array) for array in arrays[2:]}
             if len(lengths) != 1 or len(arrays[0]) != len(arrays[1]):
                 raise ValueError("its arrays do not fit each other")
-        except (OSError, KeyError, TypeError, EOFError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(str(error)) from None
         return cls(*arrays), index
+
+
+def _sum_of(content: dict[str, Any]) -> int:
+    """A checksum of what an index says."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 class Joined(Sequence[Example]):

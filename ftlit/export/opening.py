@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
 from argparse import ArgumentError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,12 +149,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ConfigError: If it is torn, or no checkpoint of a run.
     """
     try:
+        with zipfile.ZipFile(path) as file:  # every part has a checksum, which torch does not look at
+            damaged = file.testzip()
         # Mapped, not read: a resume only asks whether the file is whole, and Lightning reads it after that.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert damaged is None
         assert isinstance(checkpoint["state_dict"], dict)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AssertionError):
+    except _TORN:
         raise ConfigError(f"{path} is torn, or not a checkpoint of an ftlit run.") from None
     return checkpoint
+
+
+_TORN = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AssertionError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, AttributeError, IndexError, OverflowError),
+)
+"""What reading a damaged checkpoint raises."""
 
 
 def _strategy(config: dict[str, Any] | None) -> PEFTStrategy:
