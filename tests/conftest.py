@@ -1,8 +1,14 @@
-"""Settings of all tests: no network, few threads, no state left behind."""
+"""Settings of all tests: no network, few threads, no state left behind.
+
+Tests may run side by side (`scripts/test.sh` runs two workers): each worker has one thread, a cache and fixtures of its
+own. Files whose tests share a fixture that is dear, or start processes of their own, are a group.
+"""
 
 import os
 import sys
 
+# Before torch is imported; two workers with many threads each would wait for one another.
+os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,9 +16,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ftlit.__main__ import main
 from ftlit.testing import tiny_lm, tiny_tokenizer
+
+# Every run draws the same; `scripts/property_search.sh` searches, and what it finds becomes an @example.
+settings.register_profile("daily", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("daily")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What ftlit keeps between runs is not read from the home of whoever tests, nor shared between workers."""
+    before = os.environ.get("FTLIT_CACHE")
+    os.environ["FTLIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["FTLIT_CACHE"]
+    else:
+        os.environ["FTLIT_CACHE"] = before
 
 
 @pytest.fixture(autouse=True)

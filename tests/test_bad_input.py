@@ -12,6 +12,8 @@ import pytest
 
 from tests.bad_input import CASES, World
 
+pytestmark = pytest.mark.xdist_group("bad_input")
+
 TABLE = Path(__file__).with_name("bad_input.md")
 HEAD = (
     "# What ftlit says of mistakes\n\nMade by `FTLIT_WRITE_TABLE=1 pytest tests/test_bad_input.py`; every test run "

@@ -92,7 +92,12 @@ def layer_factors(names: Iterable[str], num_layers: int, decay: float) -> dict[s
 
 def steps_of(amount: float, total: int) -> int:
     """Optimizer steps: `amount` itself if 1 or more, else that share of all."""
-    return round(amount * total) if amount < 1 else int(amount)
+    return round(_steps(amount, total))
+
+
+def _steps(amount: float, total: int) -> float:
+    """The same, not rounded where it is a share."""
+    return amount * total if amount < 1 else int(amount)
 
 
 def rate(
@@ -100,10 +105,10 @@ def rate(
 ) -> Callable[[int], float]:
     """The factor on the learning rate at each optimizer step.
 
-    After a linear warm-up of w steps, with `x` the share of the remaining steps that is done: `cosine`
-    `(1 + cos(pi x)) / 2`; `linear` `1 - x`; `constant` 1; `wsd` (warm-up, stable, decay: Hu et al. 2024,
-    arXiv:2404.06395) 1, then linear over the last `decay` steps; these end at `min_lr`. `inverse_sqrt`
-    `sqrt(w / step)` (Vaswani et al. 2017, section 5.3), not below `min_lr`.
+    A decay that is a share takes what a warm-up that is rounded up has left. After a linear warm-up of w steps, with
+    `x` the share of the remaining steps that is done: `cosine` `(1 + cos(pi x)) / 2`; `linear` `1 - x`; `constant` 1;
+    `wsd` (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395) 1, then linear over the last `decay` steps; these
+    end at `min_lr`. `inverse_sqrt` `sqrt(w / step)` (Vaswani et al. 2017, section 5.3), not below `min_lr`.
 
     Args:
         total: Optimizer steps of the run.
@@ -121,9 +126,12 @@ def rate(
     first = steps_of(warmup, total)
     last = steps_of(decay, total)
     if schedule == "wsd" and first + last > total:
-        raise ConfigError(
-            f"warmup ({first} steps) and decay ({last} steps) are longer than the run ({total} steps); shorten them."
-        )
+        if _steps(warmup, total) + _steps(decay, total) > total * (1 + 1e-9):
+            raise ConfigError(
+                f"warmup ({first} steps) and decay ({last} steps) are longer than the run ({total} steps); "
+                "shorten them."
+            )
+        last = total - first  # both were rounded up
 
     def factor(step: int) -> float:
         if step < first:

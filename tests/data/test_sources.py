@@ -210,7 +210,7 @@ def test_file_of_a_lone_null_is_refused_and_does_not_crash(write, tmp_path):
         env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert child.returncode == 0
     assert f"{path}, row 1: a row must be a JSON object" in child.stdout

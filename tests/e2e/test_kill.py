@@ -15,6 +15,8 @@ import torch
 
 from .conftest import fit_options, write_rows
 
+pytestmark = pytest.mark.xdist_group("kill")
+
 SAVES = 2  # a checkpoint every so many steps; a validation after steps 3, 6, 9
 
 # A class for --trainer.callbacks that kills its own process at an exact place.

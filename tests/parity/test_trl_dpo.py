@@ -11,6 +11,8 @@ from ftlit.testing import tiny_lm, tiny_tokenizer
 
 pytest.importorskip("trl")
 
+pytestmark = pytest.mark.xdist_group("trl_dpo")
+
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 TOLERANCE = 1e-4
 

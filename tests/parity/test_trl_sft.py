@@ -19,6 +19,8 @@ from ftlit.testing import tiny_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 
+pytestmark = pytest.mark.xdist_group("trl_sft")
+
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 TOLERANCE = 1e-4
 

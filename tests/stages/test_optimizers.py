@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
@@ -182,6 +182,7 @@ def test_inverse_sqrt_is_that_of_transformers():
 @given(
     st.integers(1, 60), st.sampled_from(SCHEDULES), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 1),
 )  # fmt: skip
+@example(3, "wsd", 0.5, 0.5, 0.0)  # two shares that are both rounded up
 @settings(max_examples=200, deadline=None)
 def test_every_schedule_rises_then_never_rises(total, schedule, warmup, decay, low):
     factor = rate(total, schedule, warmup, low, decay)
@@ -190,11 +191,28 @@ def test_every_schedule_rises_then_never_rises(total, schedule, warmup, decay, l
     assert all(0 < value <= 1 for value in values[:first])
     assert values[:first] == sorted(values[:first])
     assert values[first:] == sorted(values[first:], reverse=True)
-    if first < total and not (schedule == "wsd" and decay * total >= 1 and first + round(decay * total) == total):
+    if first < total:
         assert values[first] == pytest.approx(1)
     assert min(values[first:], default=1) >= low - 1e-12
     if schedule in ("cosine", "linear"):
         assert factor(total) == pytest.approx(low)
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "decay", "last"),
+    [(3, 0.5, 0.5, 1), (7, 0.5, 0.5, 3), (11, 0.5, 0.5, 5), (10, 0.25, 0.75, 8), (6, 0.25, 0.75, 4), (1, 0.6, 0.4, 0)],
+)
+def test_shares_that_add_up_to_one_fit_whatever_is_rounded(total, warmup, decay, last):
+    factor = rate(total, "wsd", warmup, 0.0, decay)
+    values = [factor(step) for step in range(total)]
+    assert sum(value < 1 for value in values[total - last :]) == max(0, last - 1)
+    assert values[total - last :] == pytest.approx([(last - k) / last for k in range(last)])
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0.6, 0.5), (2, 0.5), (0.5, 2), (0.99, 0.99)])
+def test_shares_that_do_not_fit_are_refused(warmup, decay):
+    with pytest.raises(ConfigError, match="are longer than the run"):
+        rate(3, "wsd", warmup, 0.0, decay)
 
 
 def test_parts_that_are_longer_than_the_run_are_refused():
