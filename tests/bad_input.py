@@ -415,7 +415,7 @@ simple(
     empty_answer=lambda w: w.messages(user(), answer("  ")),
     content_of_the_wrong_type=lambda w: w.messages(user(3), answer()),
     missing_content=lambda w: w.messages(user(), {"role": "assistant"}),
-    unknown_role=lambda w: w.messages({"role": "human", "content": "Hi?"}, answer()),
+    unknown_role=lambda w: w.messages({"role": "martian", "content": "Hi?"}, answer()),
     empty_conversation=lambda w: w.messages(),
     only_a_system_turn=lambda w: w.messages({"role": "system", "content": "Be kind."}),
     no_answer=lambda w: w.messages(user()),

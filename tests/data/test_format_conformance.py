@@ -34,7 +34,7 @@ class TestMessages(RowFormatSuite):
             (("system", "Be kind."), ("user", "Hi"), ("assistant", "Yo"), ("user", "And?"), ("assistant", "Well.")),
         ),
     )
-    bad = (({"messages": []}, "messages"), ({"messages": [{"role": "bot", "content": "x"}]}, "messages"))
+    bad = (({"messages": []}, "messages"), ({"messages": [{"role": "martian", "content": "x"}]}, "messages"))
 
     def make(self):
         return Messages()
@@ -135,7 +135,7 @@ class TestShareGPT(RowFormatSuite):
                     Message("user", "Sure?"),
                     Message("assistant", "Yes."),
                 ),
-                ({"name": "add"},),
+                ({"type": "function", "function": {"name": "add"}},),
                 0.5,
             ),
         ),

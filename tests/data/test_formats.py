@@ -84,7 +84,7 @@ def test_alpaca_rows_become_these_messages(row, expected):
 
 TURN = {"role": "user", "content": "hi"}
 LIST = "a list of at least one message"
-ROLE = "one of system, user, assistant, tool"
+ROLE = "one of system, user, assistant, tool (data.format's roles can name others)"
 BAD_MESSAGES = [
     ({}, "messages", LIST, "null or nothing"),
     ({"messages": None}, "messages", LIST, "null or nothing"),
@@ -95,8 +95,8 @@ BAD_MESSAGES = [
     ({"messages": [TURN, "hi"]}, "messages[1]", "an object with role and content", "'hi'"),
     ({"messages": [None]}, "messages[0]", "an object with role and content", "null or nothing"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role", ROLE, "null or nothing"),
-    ({"messages": [TURN, {"role": "bot", "content": "hi"}]}, "messages[1].role", ROLE, "'bot'"),
-    ({"messages": [{"role": "User", "content": "hi"}]}, "messages[0].role", ROLE, "'User'"),
+    ({"messages": [TURN, {"role": "martian", "content": "hi"}]}, "messages[1].role", ROLE, "'martian'"),
+    ({"messages": [{"role": "us er", "content": "hi"}]}, "messages[0].role", ROLE, "'us er'"),
     ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0].role", ROLE, "['user']"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "non-empty text", "null or nothing"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "non-empty text", "null or nothing"),

@@ -196,7 +196,7 @@ def test_the_csv_limit_is_left_as_it_was(tmp_path):
 
 def odd(tmp_path):
     path = tmp_path / "odd.csv"
-    path.write_text("Frage,Antwort,tools,Quelle\na,b,x,c\n")
+    path.write_text("Frage,Antwort,tool,Quelle\na,b,x,c\n")
     return path
 
 
@@ -204,7 +204,7 @@ def test_columns_can_be_renamed_and_left_out(tmp_path):
     names = {"instruction": "Frage", "output": "Antwort"}
     source = Source(str(odd(tmp_path)), columns=names)
     assert source.record(0) == Alpaca()({"instruction": "a", "output": "b"})
-    assert source.unread() == ["tools", "Quelle"]
+    assert source.unread() == ["tool", "Quelle"]
     (tmp_path / "bad.csv").write_text("Frage,Antwort\na,\n")
     assert error_of(tmp_path / "bad.csv", columns=names).endswith("column 'Antwort' must hold non-empty text, got ''.")
     path = tmp_path / "rows.jsonl"

@@ -7,25 +7,39 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of, weight_of
+from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, parsed, text_of, weight_of
+from ftlit.data.formats.turns import refuse_media, tools_of
 
 
 class Alpaca(RowFormat):
     """`{"instruction": "...", "input": "...", "output": "..."}`; `system` and `history` (pairs of texts) are optional.
 
-    The input follows the instruction after a line break. The answer is `output`. A `weight` column is optional too.
+    The input follows the instruction after a line break. The answer is `output`. A `tools` column for the chat template
+    and a `weight` column are optional too.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("instruction", "output")
-    optional: ClassVar[tuple[str, ...]] = ("input", "system", "history", "weight")
+    optional: ClassVar[tuple[str, ...]] = ("input", "system", "history", "tools", "weight")
     answer: ClassVar[str | None] = "output"
 
     @override
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
+        refuse_media(row)
         turns = []
         if system := text_of(row, "system", required=False):
             turns.append(Message("system", system))
-        history = row.get("history") or []
+        turns += self._history(row)
+        question = text_of(row, "instruction")
+        if extra := text_of(row, "input", required=False):
+            question = f"{question}\n{extra}"
+        turns += [Message("user", question), Message("assistant", text_of(row, "output"))]
+        return Conversation(tuple(turns), tools_of(row), weight_of(row))
+
+    @staticmethod
+    def _history(row: Mapping[str, Any]) -> list[Message]:
+        """The turns before the instruction."""
+        turns: list[Message] = []
+        history = parsed(row.get("history")) or []
         if not isinstance(history, list | tuple):
             raise RowError("history", "a list of pairs of texts", history)
         for number, pair in enumerate(history):
@@ -36,8 +50,4 @@ class Alpaca(RowFormat):
             ):
                 raise RowError(f"history[{number}]", "a pair of texts", pair)
             turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-        question = text_of(row, "instruction")
-        if extra := text_of(row, "input", required=False):
-            question = f"{question}\n{extra}"
-        turns += [Message("user", question), Message("assistant", text_of(row, "output"))]
-        return Conversation(tuple(turns), weight=weight_of(row))
+        return turns

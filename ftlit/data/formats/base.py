@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
 from ftlit.errors import DataError
@@ -166,6 +171,25 @@ def unanswered(record: Record) -> Conversation | Completion | Text:
     return record
 
 
+_notes: ContextVar[Counter[str] | None] = ContextVar("notes", default=None)
+
+
+def note(sentence: str) -> None:
+    """Says something of a row that is read although it leaves a question open; whoever reads the rows counts it."""
+    if (notes := _notes.get()) is not None:
+        notes[sentence] += 1
+
+
+@contextmanager
+def noting(notes: Counter[str]) -> Iterator[None]:
+    """Counts what is noted inside."""
+    token = _notes.set(notes)
+    try:
+        yield
+    finally:
+        _notes.reset(token)
+
+
 def likeliest(words: Iterable[str], columns: Iterable[str]) -> str:
     """The column that is called by one of some words, the first of them first, or nearly so; empty where none is."""
     by_fold = {column.casefold(): column for column in columns}
@@ -196,6 +220,23 @@ def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> st
     if not isinstance(value, str) or (required and not value.strip()):
         raise RowError(column, "non-empty text" if required else "text or null", value)
     return value
+
+
+def parsed(value: Any) -> Any:
+    """A list or an object that is given as text: its JSON, or what Python prints of it, as CSV files of pandas have it.
+
+    Anything else, also text that is neither, comes back as it is.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value
 
 
 def weight_of(row: Mapping[str, Any], place: str = "weight") -> float:

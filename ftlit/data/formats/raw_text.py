@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from ftlit.data.formats.base import RowFormat, Text, text_of, weight_of
+from ftlit.data.formats.turns import refuse_media
 
 
 class RawText(RowFormat):
@@ -22,4 +23,5 @@ class RawText(RowFormat):
 
     @override
     def __call__(self, row: Mapping[str, Any]) -> Text:
+        refuse_media(row)
         return Text(text_of(row, "text"), weight_of(row))

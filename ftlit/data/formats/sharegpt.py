@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of, weight_of
-from ftlit.data.formats.turns import tools_of, turns_of, weight_of_turn
+from ftlit.data.formats.base import Conversation, RowError, RowFormat
+from ftlit.data.formats.turns import check_roles, conversation_of, turns_of
 
-ROLE_OF = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "function_call",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 _PREFERENCE = (
     "a conversation that ends in an answer (to train on the chosen ones: "
     "data.format={class_path: ShareGPT, init_args: {answer_column: chosen}})"
@@ -37,71 +19,43 @@ _PREFERENCE = (
 class ShareGPT(RowFormat):
     """`{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}`.
 
-    Turns may have `role` and `content` instead. A `system` column, a `tools` column for the chat template, a `weight`
-    column, and `weight` or `train` in a turn are optional. A `function_call` turn holds the JSON of a call (`name`,
-    `arguments`) and becomes an assistant turn with `tool_calls`; `observation` is the tool's answer.
+    Turns may have `role` and `content` instead, and everything else that `Messages` reads: a `system` column, a `tools`
+    column for the chat template, a `weight` column, and marks of how much a turn is trained. A `function_call` turn
+    holds the JSON of a call (`name`, `arguments`) and becomes an assistant turn with `tool_calls`; `observation` is the
+    tool's answer.
 
     Args:
         answer_column: A column with one more turn, such as `chosen` of preference rows.
+        roles: Further names of roles, such as `{narrator: user, hero: assistant}`.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("conversations",)
-    optional: ClassVar[tuple[str, ...]] = ("system", "tools", "weight")
+    optional: ClassVar[tuple[str, ...]] = ("system", "tools", "functions", "weight")
 
-    def __init__(self, answer_column: str | None = None) -> None:
-        self.answer_column = answer_column
+    def __init__(self, answer_column: str | None = None, roles: dict[str, str] | None = None) -> None:
+        self.answer_column, self.roles = answer_column, check_roles(roles)
 
     @override
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
-        messages = self._messages(row)
+        given = conversation_of(row, "conversations", self.roles)
         if self.answer_column is not None:
-            messages = (*messages, _turn(self.answer_column, row.get(self.answer_column)))
-        elif messages[-1].role == "user" and row.get("chosen") is not None:
+            return given._replace(messages=(*given.messages, *self._answer(row, self.answer_column)))
+        if given.messages[-1].role == "user" and row.get("chosen") is not None:
             raise RowError("conversations", _PREFERENCE, row["conversations"])
-        return Conversation(messages, tools_of(row), weight_of(row))
+        return given
+
+    def _answer(self, row: Mapping[str, Any], column: str) -> Any:
+        """The further turn of a row."""
+        if not isinstance(row.get(column), Mapping):
+            raise RowError(column, "an object with from and value", row.get(column))
+        try:
+            return turns_of({**row, column: [row[column]]}, column, self.roles)
+        except RowError as error:
+            raise RowError(error.column.replace("[0]", "", 1), error.wanted, error.got) from None
 
     @override
     def prompt(self, row: Mapping[str, Any]) -> Conversation:
-        messages = self._messages(row)
-        if self.answer_column is None and messages[-1].role == "assistant":
-            messages = messages[:-1]
-        return Conversation(messages, tools_of(row))
-
-    def _messages(self, row: Mapping[str, Any]) -> tuple[Message, ...]:
-        turns = row.get("conversations")
-        if not isinstance(turns, list | tuple) or not turns:
-            raise RowError("conversations", "a list of at least one turn", turns)
-        messages: tuple[Message, ...]
-        if isinstance(turns[0], Mapping) and turns[0].get("from") is None and "role" in turns[0]:
-            messages = turns_of(row, "conversations")
-        else:
-            messages = tuple(_turn(f"conversations[{number}]", turn) for number, turn in enumerate(turns))
-        if (system := text_of(row, "system", required=False)) and messages[0].role != "system":
-            messages = (Message("system", system), *messages)
-        return messages
-
-
-def _turn(place: str, turn: Any) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(place, "an object with from and value", turn)
-    name, value = turn.get("from"), turn.get("value")
-    role = ROLE_OF.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise RowError(f"{place}.from", f"one of {', '.join(ROLE_OF)}", name)
-    weight = weight_of_turn(turn, place)
-    if role == "function_call":
-        return Message("assistant", "", weight, {"tool_calls": _calls(f"{place}.value", value)})
-    if not isinstance(value, str) or not (role in ("system", "tool") or value.strip()):
-        raise RowError(f"{place}.value", "non-empty text", value)
-    return Message(role, value, weight)
-
-
-def _calls(place: str, value: Any) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value)
-    except (TypeError, ValueError):
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(place, "the JSON of a call with name and arguments", value)
-    return [{"type": "function", "function": call} for call in calls]
+        given = conversation_of(row, "conversations", self.roles)
+        if self.answer_column is None and given.messages[-1].role == "assistant":
+            given = given._replace(messages=given.messages[:-1])
+        return given._replace(weight=1.0)

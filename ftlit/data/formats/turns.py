@@ -3,80 +3,362 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlit.data.formats.base import ROLES, Message, RowError, weight_of
+from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, parsed, text_of, weight_of
+from ftlit.data.formats.calls import calls_in, calls_of, has_nulls, tools_in, tools_of, without_filled
+from ftlit.data.formats.marks import MARKS, weight_of_turn
+from ftlit.data.formats.parts import are_parts, content_of
+from ftlit.errors import ConfigError
 
-# Names that other tools give a role.
-ALIASES = {"developer": "system", "function": "tool"}
+CALL = "function_call"
+"""The role of a turn that holds nothing but the JSON of a call."""
+
+ROLE_OF: Mapping[str, str] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "ai", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys((CALL, "function_calls", "tool_call", "tool_calls"), CALL),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("function_response", "tool_response", "tool_result"), "tool"),
+}
+"""What tools and data sets call a role, in small letters, to its name here."""
+
+# Columns and keys with what is no text.
+_MEDIA = ("images", "videos", "audios")
+_MEDIUM = ("image", "video", "audio")
+_NO_MEDIA = "nothing: ftlit trains on text alone"
+
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value", "text")
+_OWN = (*_ROLE_KEYS, "content", "value", "tool_calls", "function_call", *MARKS)
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
-def turns_of(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    """A column that holds messages with `role` and `content`.
+def conversation_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str] | None = None) -> Conversation:
+    """A row whose conversation is one column: its turns, with `system`, `tools` and `weight` beside them.
 
-    A message may carry `weight` (0 is not trained) or `train: false`; whatever else it carries, such as `tool_calls`,
-    goes to the chat template, less what is null. The content may be missing where there are tool calls.
+    Args:
+        row: The row.
+        column: The column of the turns.
+        roles: What the turns call a role to its name here, where `ROLE_OF` does not know it.
 
     Raises:
-        RowError: If it does not.
+        RowError: If the row cannot be read.
     """
-    turns = row.get(column)
+    refuse_media(row)
+    messages = with_system_column(turns_of(row, column, roles), row)
+    messages, tools = with_tools(messages, tools_of(row))
+    return Conversation(messages, tools, weight_of(row))
+
+
+def turns_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str] | None = None) -> tuple[Message, ...]:
+    """A column that holds turns: objects with `role` and `content`, or `from` and `value`; or the text of such a list.
+
+    The content may be text or a list of parts. A turn may carry marks of how much it is trained (see
+    `weight_of_turn`), `tool_calls`, or the `function_call` of older rows, and may then be without content; arguments
+    become objects. A turn of the role `function_call` holds the JSON of calls and becomes part of the answer that it
+    follows. Whatever else a turn carries goes to the chat template, less what is null.
+
+    Args:
+        row: The row; its `tools` say which arguments can be null.
+        column: The column.
+        roles: What the turns call a role to its name here, where `ROLE_OF` does not know it.
+
+    Raises:
+        RowError: If it does not hold turns.
+    """
+    turns = listed(row.get(column))
     if not isinstance(turns, list | tuple) or not turns:
-        raise RowError(column, "a list of at least one message", turns)
-    return tuple(_message(f"{column}[{number}]", turn) for number, turn in enumerate(turns))
+        raise RowError(column, "a list of at least one message", row.get(column))
+    names = ROLE_OF if not roles else {**ROLE_OF, **{name.strip().casefold(): role for name, role in roles.items()}}
+    read = _Turns(names)
+    for number, turn in enumerate(turns):
+        read.add(f"{column}[{number}]", turn)
+    return _without_filled(read.messages, row, turns) if read.has_nulls else tuple(read.messages)
 
 
-def _message(place: str, turn: Any) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(place, "an object with role and content", turn)
-    role, content = turn.get("role"), turn.get("content")
-    role = ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise RowError(f"{place}.role", f"one of {', '.join(ROLES)}", role)
-    more = {key: value for key, value in turn.items() if key not in _OWN and value is not None}
-    calls = more.get("tool_calls")
-    if calls is not None and (not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls)):
-        raise RowError(f"{place}.tool_calls", "a list of objects", calls)
-    if calls is not None and not calls:
-        del more["tool_calls"]
-    if content is None and calls and role == "assistant":
-        content = ""
-    blank_is_fine = role in ("system", "tool") or (calls and role == "assistant")
-    if not isinstance(content, str) or not (blank_is_fine or content.strip()):
-        raise RowError(f"{place}.content", "non-empty text", content)
-    return Message(role, content, weight_of_turn(turn, place), more or None)
+def listed(turns: Any) -> Any:
+    """A list of turns that may be given as text, or as an object of lists, as older data sets have it.
+
+    A turn of several speakers, `{"human": ..., "assistant": ...}`, becomes several.
+    """
+    turns = parsed(turns)
+    if isinstance(turns, Mapping):
+        lists = {key: value for key, value in turns.items() if value is not None}
+        if not lists or any(not isinstance(value, list | tuple) for value in lists.values()):
+            return turns
+        if len({len(value) for value in lists.values()}) != 1:
+            return turns
+        turns = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    if not isinstance(turns, list | tuple):
+        return turns
+    return [part for turn in turns for part in _speakers(parsed(turn))]
 
 
-_OWN = ("role", "content", "weight", "train")
+def as_turns(value: Any) -> Any:
+    """A list of turns that is given as text, as CSV files have it; anything else, also other text, as it is."""
+    if not isinstance(value, str):
+        return value
+    turns = parsed(value)
+    if not isinstance(turns, list | tuple) or not turns:
+        return value
+    if all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
+        return turns
+    return value
 
 
-def weight_of_turn(turn: Mapping[str, Any], place: str) -> float:
-    """The weight of a message: its `weight`, or 0 where it says `train: false`.
+def _speakers(turn: Any) -> list[Any]:
+    """The turns of an object that has speakers as its keys; the turn itself where it has not."""
+    if not isinstance(turn, Mapping) or "role" in turn or "from" in turn:
+        return [turn]
+    said = {key: text for key, text in turn.items() if text is not None}
+    roles = {key: ROLE_OF.get(key) for key in said}
+    order = ("system", "user", "assistant")
+    if not said or not all(role in order for role in roles.values()):
+        return [turn]
+    return [{"role": roles[key], "content": said[key]} for key in sorted(said, key=lambda key: order.index(roles[key]))]
+
+
+def check_roles(roles: Mapping[str, str] | None) -> dict[str, str]:
+    """The `roles` of a format.
 
     Raises:
-        RowError: If either is of another kind.
+        ConfigError: If it names a role that there is not.
     """
-    train = turn.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{place}.train", "true or false", train)
-    return 0.0 if train is False else weight_of(turn, f"{place}.weight")
+    for name, role in (roles or {}).items():
+        if role not in (*ROLES, CALL):
+            raise ConfigError(f"data.format: roles gives {name!r} the role {role!r}; it must be one of {_roles()}.")
+    return dict(roles or {})
 
 
-def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    """The `tools` column: a list of JSON schemas, or the JSON text of one; None where there are none.
+def _roles() -> str:
+    return ", ".join(ROLES)
 
-    Raises:
-        RowError: If it holds something else.
-    """
-    tools = row.get("tools")
-    if isinstance(tools, str):
+
+class _Turns:
+    """The messages of one conversation, turn after turn."""
+
+    def __init__(self, roles: Mapping[str, str]) -> None:
+        self.roles = roles
+        self.messages: list[Message] = []
+        self.has_nulls = False
+
+    def add(self, place: str, turn: Any) -> None:
+        """Reads one turn."""
+        if not isinstance(turn, Mapping):
+            raise RowError(place, "an object with role and content", turn)
+        role = self._role(place, turn)
+        key, content = _content(place, turn)
+        if len(turn) == 2 and isinstance(content, str) and content.strip() and role != CALL:
+            self.messages.append(Message(role, content))
+        elif role == CALL:
+            self._add_calls(place, key, content, turn)
+        else:
+            self._add(place, role, key, content, turn)
+
+    def _role(self, place: str, turn: Mapping[str, Any]) -> str:
+        key = next((key for key in _ROLE_KEYS if turn.get(key) is not None), "role")
+        name = turn.get(key)
+        role = self.roles.get(name) or self.roles.get(name.strip().casefold()) if isinstance(name, str) else None
+        if role is None:
+            raise RowError(f"{place}.{key}", f"one of {_roles()} (data.format's roles can name others)", name)
+        return role
+
+    def _add(self, place: str, role: str, key: str, content: Any, turn: Mapping[str, Any]) -> None:
+        more = {k: value for k, value in turn.items() if k not in _OWN and k != key and value is not None}
+        _refuse_media_of(place, more)
+        calls = calls_of(turn, place)
+        if are_parts(content):
+            parts = content_of(content, f"{place}.{key}")
+            calls += parts.calls
+            for result in parts.results:
+                self.messages.append(Message("tool", result.text, more=result.more or None))
+            if parts.results and not (parts.text or calls):
+                return
+            if parts.reasoning:
+                more["reasoning_content"] = _once(place, "reasoning_content", parts.reasoning, more)
+            if parts.tools is not None:
+                more["tools"] = _once(place, "tools", parts.tools, more)
+            content = parts.text
+        elif role == "tool" and content is not None and not isinstance(content, str):
+            content = json.dumps(content, ensure_ascii=False)
+        if calls:
+            if role != "assistant":
+                raise RowError(f"{place}.tool_calls", "calls in a turn of the assistant", role)
+            more["tool_calls"] = calls
+            self.has_nulls = self.has_nulls or has_nulls(calls)
+            content = "" if content is None else content
+        blank_is_fine = role in ("system", "tool") or calls
+        if not isinstance(content, str) or not (blank_is_fine or content.strip()):
+            raise RowError(f"{place}.{key}", "non-empty text", content)
+        self.messages.append(Message(role, content, weight_of_turn(turn, place), more or None))
+
+    def _add_calls(self, place: str, key: str, content: Any, turn: Mapping[str, Any]) -> None:
+        """Reads a turn that holds the JSON of calls; it belongs to the answer that it follows."""
+        text, written = "", content
+        if isinstance(content, str) and (thought := _THOUGHT.match(content)):
+            text, written = thought[0], content[thought.end() :]
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise RowError("tools", "a list of tools, or its JSON text", tools) from None
-    if not tools and tools in (None, [], ()):
-        return None
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError("tools", "a list of tools, or its JSON text", tools)
-    return tuple(tools)
+            calls = calls_in(written, f"{place}.{key}")
+        except RowError as error:
+            raise RowError(error.column, "the JSON of a call with name and arguments", error.got) from None
+        if not calls:
+            raise RowError(f"{place}.{key}", "the JSON of a call with name and arguments", content)
+        self.has_nulls = self.has_nulls or has_nulls(calls)
+        weight = weight_of_turn(turn, place)
+        more = {k: value for k, value in turn.items() if k not in _OWN and k != key and value is not None}
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last.role == "assistant" and last.weight == weight and not (text.strip() or more):
+            before = last.more or {}
+            calls = [*before.get("tool_calls", ()), *calls]
+            self.messages[-1] = last._replace(more={**before, "tool_calls": calls})
+        else:
+            self.messages.append(Message("assistant", text, weight, {**more, "tool_calls": calls}))
+
+
+def _content(place: str, turn: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key of a turn's content, and the content.
+
+    Raises:
+        RowError: If it has two that differ.
+    """
+    given = [key for key in _CONTENT_KEYS if turn.get(key) is not None]
+    if given[:2] == ["content", "value"] and turn["content"] != turn["value"]:
+        raise RowError(f"{place}.value", "what content holds, or nothing", turn["value"])
+    named = [key for key in _CONTENT_KEYS if key in turn]
+    key = (given or named or ["content" if "from" not in turn else "value"])[0]
+    return key, turn.get(key)
+
+
+def _once(place: str, key: str, value: Any, more: Mapping[str, Any]) -> Any:
+    """What the parts of a turn say, which the turn itself must not say otherwise."""
+    if more.get(key, value) != value:
+        raise RowError(f"{place}.{key}", "what the parts of the content say, or nothing", more[key])
+    return value
+
+
+# ---- what belongs to the whole conversation -------------------------------------------------------------------------
+
+
+def with_system_column(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Turns with the row's `system` column before them.
+
+    Raises:
+        RowError: If they open with another system turn.
+    """
+    system = text_of(row, "system", required=False)
+    if not system.strip():
+        return messages
+    if messages[0].role != "system":
+        return (Message("system", system), *messages)
+    if messages[0].content.strip() != system.strip():
+        raise RowError(
+            "system",
+            "what the system turn says, or nothing (data.columns={system: null} leaves the column out)",
+            system,
+        )
+    return messages
+
+
+def with_tools(
+    messages: tuple[Message, ...], tools: tuple[Mapping[str, Any], ...] | None
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...] | None]:
+    """Turns and tools, with the tools that a turn brings among the tools.
+
+    Raises:
+        RowError: If there are others.
+    """
+    if not any(message.more and "tools" in message.more for message in messages):
+        return messages, tools
+    left = []
+    for message in messages:
+        more = dict(message.more or {})
+        if "tools" in more:
+            own = tools_in(more.pop("tools"), "tools")
+            if own and tools and own != tools:
+                raise RowError("tools", "the same tools as the turns, or nothing", list(tools))
+            tools = tools or own
+        left.append(message._replace(more=more or None))
+    return tuple(left), tools
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """Stops where a row has images, videos or audio, which would be trained blindly.
+
+    Raises:
+        RowError: Naming the column.
+    """
+    for column in _MEDIA:
+        if not _is_empty(row.get(column)):
+            raise RowError(column, _no_media(column), row[column])
+    for column in _MEDIUM:
+        value = row.get(column)
+        if not _is_empty(value) and (not isinstance(value, str) or f"<{column}>" in repr(row)):
+            raise RowError(column, _no_media(column), value)
+
+
+def _no_media(column: str) -> str:
+    return f"{_NO_MEDIA} (data.columns={{{column}: null}} leaves the column out, where the texts make sense without)"
+
+
+def _refuse_media_of(place: str, more: dict[str, Any]) -> None:
+    """Stops where a turn has images, videos or audio; takes away what is empty."""
+    for key in (*_MEDIA, *_MEDIUM):
+        if key in more:
+            if not _is_empty(more[key]):
+                raise RowError(f"{place}.{key}", _NO_MEDIA, more[key])
+            del more[key]
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_empty(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_empty(inner) for inner in value)
+    return value is None or (isinstance(value, str) and value.strip() in ("", "[]"))
+
+
+# ---- nulls ----------------------------------------------------------------------------------------------------------
+
+
+def _without_filled(
+    messages: Sequence[Message], row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]
+) -> tuple[Message, ...]:
+    """Messages without the nulls that a table filled the arguments of calls up with."""
+    tools = tools_of(row) or ()
+    is_filled = any(_is_filled(turn) for turn in turns)
+    made = []
+    for message in messages:
+        more = message.more or {}
+        if "tool_calls" in more:
+            calls = without_filled(more["tool_calls"], tools, is_filled)
+            message = message._replace(more={**more, "tool_calls": calls})
+        made.append(message)
+    return tuple(made)
+
+
+def _is_filled(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn has a null that only a table puts there: calls in a turn that can hold none, say."""
+    role = turn.get("role", turn.get("from"))
+    never = {"assistant": ("tool_call_id",), "tool": ("tool_calls", CALL)}
+    keys = never.get(role, ("tool_calls", CALL, "tool_call_id")) if isinstance(role, str) else ()
+    return any(key in turn and turn[key] is None for key in keys)
+
+
+__all__ = [
+    "CALL",
+    "ROLE_OF",
+    "as_turns",
+    "check_roles",
+    "conversation_of",
+    "listed",
+    "refuse_media",
+    "tools_of",
+    "turns_of",
+    "weight_of_turn",
+    "with_system_column",
+    "with_tools",
+]
