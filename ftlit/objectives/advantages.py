@@ -1,6 +1,9 @@
 """Advantages: how much better an answer, or a token of it, was than expected.
 
 Everything is flat: the N tokens of all answers lie end to end, and `owners` names the answer of each. No padding.
+
+Rewards that are equal but for rounding teach nothing: their advantages are exactly 0. The mean of three times 1000.1 is
+not 1000.1 in floating point, and dividing by a standard deviation makes a whole advantage of such a remainder.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
+
+# Four units in the last place of float32, which is what rewards come in: what differs by less is the same.
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 Total = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks."""
@@ -34,6 +40,7 @@ class Outcome(NamedTuple):
         groups: The prompt of each answer, any whole numbers, int64 `[S]`.
         values: Expected sum of what follows, before each token, `[N]`; None without a value head.
         baselines: Reward of the greedy answer to the same prompt, `[S]`; None unless an advantage needs it.
+        counted: Whether each answer counts, bool `[S]`; the others are as if they had not been drawn. None: all do.
     """
 
     scores: Tensor
@@ -42,17 +49,29 @@ class Outcome(NamedTuple):
     groups: Tensor
     values: Tensor | None = None
     baselines: Tensor | None = None
+    counted: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """Whether each answer counts, bool `[S]`."""
+        return torch.ones_like(self.scores, dtype=torch.bool) if self.counted is None else self.counted
 
     @property
     def rewards(self) -> Tensor:
-        """All rewards of each answer together, `[S]`."""
-        return self.scores + sums(self.token_rewards, self.owners, len(self.scores))
+        """All rewards of each answer together, float64 `[S]`."""
+        return self.scores.double() + sums(self.token_rewards.double(), self.owners, len(self.scores))
 
     @property
     def placed(self) -> Tensor:
         """Rewards of single tokens, with that of the answer on its last, `[N]`."""
         _, stops = bounds(self.owners)
-        return self.token_rewards.index_add(0, stops - 1, self.scores)
+        return self.token_rewards.index_add(0, stops - 1, self.scores.to(self.token_rewards.dtype))
+
+    @property
+    def alike(self) -> Tensor:
+        """Of each prompt with an answer that counts whether all of those got one reward, bool `[P]`."""
+        rewards, places, size = self.rewards, *_groups(self.groups)
+        return _spread(rewards, places, size, self.counts)[1][_occurs(places, size, self.counts)]
 
     def rewards_to_go(self, gamma: float = 1.0) -> Tensor:
         """All rewards from each token on, `[N]`.
@@ -126,7 +145,12 @@ class GAE(Advantage):
         assert outcome.values is not None
         advantages = gae(outcome.placed, outcome.values, outcome.owners, self.gamma, self.lam)
         returns = advantages + outcome.values
-        return Estimate(whiten(advantages, total) if self.whiten else advantages, returns)
+        if not self.whiten:
+            return Estimate(advantages, returns)
+        counted = outcome.counts[outcome.owners]
+        white = torch.zeros_like(advantages)
+        white[counted] = whiten(advantages[counted], total, beside=returns[counted])
+        return Estimate(white, returns)
 
 
 class GRPO(Advantage):
@@ -144,12 +168,11 @@ class GRPO(Advantage):
 
     @override
     def __call__(self, outcome: Outcome, total: Total = alone) -> Estimate:
-        rewards, places, counts = _grouped(outcome)
-        off = rewards - (sums(rewards, places, len(counts)) / counts)[places]
+        off, places, counts = _compared(outcome)
         if self.std:
-            deviation = (sums(off.square(), places, len(counts)) / (counts - 1)).sqrt()
+            deviation = (sums(off.square(), places, len(counts)) / (counts - 1).clamp(min=1)).sqrt()
             off = off / (deviation + 1e-4)[places]
-        return Estimate(off[outcome.owners])
+        return _each_token(off, outcome)
 
 
 class RLOO(Advantage):
@@ -159,9 +182,8 @@ class RLOO(Advantage):
 
     @override
     def __call__(self, outcome: Outcome, total: Total = alone) -> Estimate:
-        rewards, places, counts = _grouped(outcome)
-        others = (sums(rewards, places, len(counts))[places] - rewards) / (counts - 1)[places]
-        return Estimate((rewards - others)[outcome.owners])
+        off, places, counts = _compared(outcome)
+        return _each_token(off * (counts.double() / (counts - 1).clamp(min=1))[places], outcome)
 
 
 class ReMax(Advantage):
@@ -172,19 +194,59 @@ class ReMax(Advantage):
     @override
     def __call__(self, outcome: Outcome, total: Total = alone) -> Estimate:
         assert outcome.baselines is not None
-        return Estimate((outcome.rewards - outcome.baselines)[outcome.owners])
+        rewards, baselines = outcome.rewards, outcome.baselines.double()
+        off = rewards - baselines
+        same = off.abs() <= _ROUNDING * torch.maximum(rewards.abs(), baselines.abs())
+        return _each_token(off.masked_fill(same | ~outcome.counts, 0.0), outcome)
 
 
-def _grouped(outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
-    """The reward of each answer `[S]`, its group as 0, 1, ... `[S]`, and the size of each group.
+def _each_token(values: Tensor, outcome: Outcome) -> Estimate:
+    """What is said of an answer, said of each of its tokens."""
+    return Estimate(values.to(outcome.token_rewards.dtype)[outcome.owners])
+
+
+def _compared(outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each answer is from the mean of those to its prompt that count.
+
+    Returns:
+        That, float64 `[S]`, exactly 0 where all have one reward and where an answer does not count; the group of each
+        as 0, 1, ... `[S]`; and how many of each group count.
 
     Raises:
         ValueError: If a prompt has one answer only.
     """
-    _, places, counts = outcome.groups.unique(return_inverse=True, return_counts=True)
-    if len(counts) and int(counts.min()) < 2:
+    places, size = _groups(outcome.groups)
+    if len(size) and int(size.min()) < 2:
         raise ValueError("every prompt needs at least two answers to compare")
-    return outcome.rewards, places, counts
+    counted, rewards = outcome.counts, outcome.rewards
+    least, alike = _spread(rewards, places, size, counted)
+    counts = torch.zeros_like(size).index_add(0, places, counted.to(size.dtype))
+    above = (rewards - least[places]).masked_fill(~counted, 0.0)  # a common level would only cost digits
+    off = above - (sums(above, places, len(size)) / counts.clamp(min=1))[places]
+    return off.masked_fill(~counted | alike[places], 0.0), places, counts
+
+
+def _groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The group of each answer as 0, 1, ... `[S]`, and the size of each group."""
+    _, places, sizes = groups.unique(return_inverse=True, return_counts=True)
+    return places, sizes
+
+
+def _occurs(places: Tensor, size: Tensor, counted: Tensor) -> Tensor:
+    """Whether any answer of each group counts."""
+    return torch.zeros_like(size).index_add(0, places, counted.to(size.dtype)) > 0
+
+
+def _spread(rewards: Tensor, places: Tensor, size: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The least reward of each group, and whether its rewards are all the same; of the answers that count."""
+    extremes = []
+    for sign in (-1.0, 1.0):
+        start = rewards.new_full((len(size),), -torch.inf)
+        extremes.append(sign * start.scatter_reduce(0, places[counted], sign * rewards[counted], "amax"))
+    least, most = extremes
+    rounding = _ROUNDING * torch.maximum(least.abs(), most.abs())
+    none = ~_occurs(places, size, counted)
+    return least.masked_fill(none, 0.0), (most - least <= rounding) | none
 
 
 def sums(values: Tensor, owners: Tensor, number: int) -> Tensor:
@@ -241,18 +303,24 @@ def gae(rewards: Tensor, values: Tensor, owners: Tensor, gamma: float, lam: floa
     return out
 
 
-def whiten(values: Tensor, total: Total = alone) -> Tensor:
-    """Values with mean 0 and (unbiased) variance 1 over all of them, on all ranks.
+def whiten(values: Tensor, total: Total = alone, beside: Tensor | None = None) -> Tensor:
+    """Values with mean 0 and (unbiased) variance 1 over all of them, on all ranks; 0 where they differ by rounding.
 
     Args:
         values: This rank's, `[N]`; real tokens only.
         total: Sums over the ranks.
+        beside: What the values are differences of, `[N]`: its rounding counts, too.
     """
     count, mean, variance = moments(values, total)
     wide = values.double() - mean
-    if count > 1:
-        wide = wide * (variance + 1e-8).rsqrt()
-    return wide.to(values.dtype)
+    if count < 2:
+        return wide.to(values.dtype)
+    size = mean.square() + variance
+    if beside is not None:
+        size = size + moments(beside.double().square(), total)[1]
+    if variance <= _ROUNDING**2 * size:
+        return torch.zeros_like(values)
+    return (wide * (variance + 1e-8).rsqrt()).to(values.dtype)
 
 
 def moments(values: Tensor, total: Total = alone) -> tuple[int, Tensor, Tensor]:

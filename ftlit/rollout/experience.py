@@ -32,6 +32,7 @@ class Experience:
         totals: For each minibatch what it holds on all ranks.
         tokens: Tensors of tokens by name, each `[N]`, on the CPU: `old_logps`, `reference`, `advantages`, ...
         cut: Whether the rest of it is passed over.
+        masked: Numbers of the answers that are not trained.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Experience:
         totals: Sequence[StepTotals] = (),
         tokens: Mapping[str, Tensor] | None = None,
         cut: bool = False,
+        masked: Sequence[int] = (),
     ) -> None:
         self.number, self.first_step, self.trained, self.cut = number, first_step, trained, cut
         self.prompts, self.rows = [list(prompt) for prompt in prompts], list(rows)
         self.answers, self.owners = [list(answer) for answer in answers], list(owners)
         self.steps = [[tuple(micro) for micro in step] for step in steps]
         self.totals = [StepTotals(*total) for total in totals]
-        self.tokens = dict(tokens or {})
+        self.tokens, self.masked = dict(tokens or {}), frozenset(masked)
         self._starts = list(accumulate((len(answer) for answer in self.answers), initial=0))
 
     @property
@@ -78,7 +80,10 @@ class Experience:
         return torch.cat(stretches) if stretches else torch.zeros(0, dtype=torch.int64)
 
     def pack(self, micro: Micro) -> PackedBatch:
-        """A micro-batch: each prompt once, its answers as branches of it, every token of an answer a target."""
+        """A micro-batch: each prompt once, its answers as branches of it, every token of an answer a target.
+
+        The targets of a masked answer weigh nothing.
+        """
         if not micro:
             return _filler(self.prompts[0] if self.prompts else [0], self.tokens)
         places = self.places(micro)
@@ -88,7 +93,9 @@ class Experience:
             [self.owners[one] for one in micro],
             [self.rows[self.owners[one]] for one in micro],
         )
-        return packed.replace(extras={name: values[places] for name, values in self.tokens.items()})
+        weights = [torch.full((len(self.answers[one]),), float(one not in self.masked)) for one in micro]
+        extras = {name: values[places] for name, values in self.tokens.items()}
+        return packed.replace(target_weights=torch.cat(weights), extras=extras)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers, lists and tensors."""
@@ -104,6 +111,7 @@ class Experience:
             "totals": [list(total) for total in self.totals],
             "tokens": self.tokens,
             "cut": self.cut,
+            "masked": sorted(self.masked),
         }
 
     @classmethod

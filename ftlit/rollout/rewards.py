@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from ftlit.errors import ConfigError
 from ftlit.objectives.advantages import Total, alone, moments
 from ftlit.rollout.verifiers import Prompt, Verifier, ask, finite, name_of, resolve
+
+CutAnswers = Literal["as_is", "penalty", "mask"]
 
 Reward = Verifier
 """The contract: see `Verifier`."""
@@ -36,9 +38,13 @@ class RewardShaping:
         missing_end_penalty: Subtracted from answers that did not end by themselves.
         length_penalty: Subtracted for each token of an answer beyond `free_tokens`.
         free_tokens: Tokens that cost nothing.
+        cut_answers: What becomes of answers that `max_new_tokens` cut: `as_is`: they are worth what the rewards say of
+            what is there; `penalty`: that less `missing_end_penalty`; `mask`: they are as if they had not been drawn,
+            neither trained nor compared with (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.4). When left out
+            `penalty` where there is one, else `as_is`.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range, or a penalty contradicts `cut_answers`.
     """
 
     whiten: bool = False
@@ -46,8 +52,21 @@ class RewardShaping:
     missing_end_penalty: float = 0.0
     length_penalty: float = 0.0
     free_tokens: int = 0
+    cut_answers: CutAnswers | None = None
 
     def __post_init__(self) -> None:
+        if self.cut_answers is None:
+            self.cut_answers = "penalty" if self.missing_end_penalty else "as_is"
+        if self.cut_answers not in get_args(CutAnswers):
+            raise ConfigError(
+                f"model.shaping.cut_answers is {', '.join(get_args(CutAnswers))}, or left out; got "
+                f"{self.cut_answers!r}."
+            )
+        if (self.cut_answers == "penalty") != bool(self.missing_end_penalty):
+            raise ConfigError(
+                f"model.shaping has cut_answers {self.cut_answers!r} and missing_end_penalty "
+                f"{self.missing_end_penalty}; a penalty needs both, cut_answers: penalty and a positive number."
+            )
         if (self.clip is not None and self.clip <= 0) or self.missing_end_penalty < 0 or self.free_tokens < 0:
             raise ConfigError(
                 "model.shaping needs a positive clip, missing_end_penalty >= 0 and free_tokens >= 0; got "
@@ -180,16 +199,32 @@ class Rewards:
                 function.to(device)
 
     def weighted(self, scores: Tensor) -> Tensor:
-        """The weighted sum, `[S]`."""
-        return (torch.tensor(self.weights, dtype=scores.dtype)[:, None] * scores).sum(0)  # autocast rounds products
+        """The weighted sum, float64 `[S]`."""
+        return (torch.tensor(self.weights, dtype=torch.float64)[:, None] * scores.double()).sum(0)
 
     @property
     def scale(self) -> float:
         """What shaping divides rewards by."""
         return self.running.std if self.shaping.whiten else 1.0
 
+    @property
+    def treatment(self) -> str:
+        """What becomes of answers that were cut, in words."""
+        said = {
+            "as_is": "are worth what the rewards say of them",
+            "penalty": f"lose {self.shaping.missing_end_penalty:g}",
+            "mask": "are not trained",
+        }
+        return said[self.shaping.cut_answers or "as_is"]
+
     def shaped(
-        self, scores: Tensor, lengths: Tensor, ended: Tensor, total: Total = alone, learn: bool = True
+        self,
+        scores: Tensor,
+        lengths: Tensor,
+        ended: Tensor,
+        total: Total = alone,
+        learn: bool = True,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Whitens, clips and adds the terms of length and end.
 
@@ -199,6 +234,7 @@ class Rewards:
             ended: Whether each ended by itself, bool `[S]`.
             total: Sums over the ranks.
             learn: Whether the running statistics take these scores in.
+            counted: Which of them they take, bool `[S]`; all when left out.
 
         Returns:
             `[S]`.
@@ -206,7 +242,7 @@ class Rewards:
         shaping = self.shaping
         if shaping.whiten:
             if learn:
-                self.running.update(scores, total)
+                self.running.update(scores if counted is None else scores[counted], total)
             scores = (scores - self.running.mean) / self.scale
         if shaping.clip is not None:
             scores = scores.clamp(-shaping.clip, shaping.clip)

@@ -12,8 +12,8 @@ What is logged of a step, under the names that other trainers use:
 
 - of its rollout, means over answers: `objective/scores` (weighted rewards), `objective/rlhf_reward` (shaped, with the
   penalty where it is part of the reward), `objective/kl` (nats an answer), `objective/alike` (share of the prompts
-  whose answers all got one reward: nothing is learned from them in comparison), `answers/length`, `answers/ended`; over
-  tokens: `policy/entropy` (nats), `val/explained_variance`;
+  whose answers all have one such reward: nothing is learned from them in comparison), `answers/length`,
+  `answers/ended`; over tokens: `policy/entropy` (nats), `val/explained_variance`;
 - of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
   `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced; `train/tokens_per_s` is that of its update alone;
 - of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
@@ -181,10 +181,18 @@ class PPO(Stage):
             if disable_dropout(self.policy):
                 say = "dropout    is off: the update compares probabilities of the same tokens"
                 rank_zero_only(print)(say, flush=True)
+            rank_zero_only(print)(f"rewards    {self._rewards_in_words()}", flush=True)
             self.strategy.remember_start(self.policy.lm)
             if self.advantage.uses_values:
                 self.critic = self._make_critic()
         self.rollouts.check_room()
+
+    def _rewards_in_words(self) -> str:
+        """What rewards answers, and what becomes of those that were cut."""
+        pairs = zip(self.rewards.names, self.rewards.weights, strict=True)
+        named = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in pairs]
+        limit = self.sampling.max_new_tokens
+        return f"{', '.join(named)}; answers cut at {limit:,} tokens {self.rewards.treatment}"
 
     def _make_critic(self) -> ValueHead | ValueModel:
         assert self.policy is not None

@@ -56,6 +56,13 @@ class Answered:
         """Whether each answer ended by itself, bool `[S]`."""
         return torch.tensor([one.ended for one in self.answers], dtype=torch.bool)
 
+    @property
+    def counted(self) -> Tensor:
+        """Whether each answer is trained and compared with, bool `[S]`."""
+        counted = torch.ones(len(self.answers), dtype=torch.bool)
+        counted[list(self.experience.masked)] = False
+        return counted
+
 
 class Rollouts:
     """Makes the rollouts of a stage.
@@ -209,7 +216,9 @@ class Rollouts:
                          for row, text in zip(repeated, whole, strict=True)]  # fmt: skip
                 texts = [text.strip() for text in whole]
                 said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain)
-        found = Experience([row.input_ids for row in rows], numbers, tokens, owners)
+        cut_off = [place for place, one in enumerate(answers) if not one.ended]
+        masked = cut_off if stage.rewards.shaping.cut_answers == "mask" else []
+        found = Experience([row.input_ids for row in rows], numbers, tokens, owners, masked=masked)
         return Answered(rows, answers, texts, said, found)
 
     def _seed_rewards(self) -> None:
@@ -232,9 +241,8 @@ class Rollouts:
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
-        return rewards.shaped(
-            rewards.weighted(made.said.scores), made.experience.lengths, made.ended, self.total, learn
-        )
+        scores, found = rewards.weighted(made.said.scores), made.experience
+        return rewards.shaped(scores, found.lengths, made.ended, self.total, learn, made.counted)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -252,13 +260,17 @@ class Rollouts:
             answers = [len(found.answers[i]) for i in chosen]
             micros = cut([found.owners[i] for i in chosen], lengths, answers, self.stage.data.max_tokens)
             cuts.append([tuple(chosen[i] for i in micro) for micro in micros])
-            counts.append([len(micros), sum(answers), sum(answers) + sum(lengths[start : start + count]), len(chosen)])
+            trained = [len(found.answers[i]) for i in chosen if i not in found.masked]
+            tokens = sum(answers) + sum(lengths[start : start + count])
+            counts.append([len(micros), sum(trained), tokens, len(trained)])
             start += count
         ranks = self.gather(counts)
         for number, step in enumerate(cuts):
             most = max(rank[number][0] for rank in ranks)
             found.steps.append([*step, *[()] * (most - len(step))])
             targets, tokens, examples = (sum(rank[number][i] for rank in ranks) for i in (1, 2, 3))
+            # A step whose answers are all masked is divided by 1: it is 0, and not 0 / 0.
+            targets, examples = max(targets, 1), max(examples, 1)
             found.totals.append(StepTotals(float(targets), targets, tokens, examples))
 
     @torch.no_grad()
@@ -304,23 +316,28 @@ class Rollouts:
         penalty = torch.zeros_like(old)
         if stage.kl.place == "reward":
             penalty = -self.kl_coef * kl_estimate(old, reference, stage.kl.estimator)
-        scores = self._shaped(made, learn=True).to(old.dtype)
-        baselines = None
-        if greedy is not None:
-            each = self._shaped(greedy, learn=False).to(old.dtype)
-            baselines = each.repeat_interleave(stage.sampling.num_answers)
-        apart = made.said.tokens.to(old.dtype) / stage.rewards.scale  # what lies on its token, and not on the last
+        scores = self._shaped(made, learn=True)
+        baselines, counted = None, made.counted
+        if greedy is not None:  # where it does not count there is nothing to compare with
+            baselines, known = (
+                one.repeat_interleave(stage.sampling.num_answers)
+                for one in (self._shaped(greedy, learn=False), greedy.counted)
+            )
+            counted = counted & known
+        apart = made.said.tokens.double() / stage.rewards.scale  # what lies on its token, and not on the last
         outcome = Outcome(
             scores=scores - sums(apart, owners, len(scores)),
-            token_rewards=penalty + apart,
+            token_rewards=penalty + apart.to(old.dtype),
             owners=owners,
             groups=torch.tensor(found.owners, dtype=torch.int64),
             values=values,
             baselines=baselines,
+            counted=counted,
         )
         if values is not None and isinstance(stage.critic, ValueHead) and stage.critic.new:
             # From 0 a short run is spent on learning the level, and not on telling tokens apart.
-            values = stage.critic.start_at(moments(outcome.rewards_to_go(stage.advantage.gamma), self.total)[1], values)
+            each = outcome.rewards_to_go(stage.advantage.gamma)[made.counted[owners]]
+            values = stage.critic.start_at(moments(each, self.total)[1], values)
             outcome = outcome._replace(values=values)
         estimate = stage.advantage(outcome, self.total)
         weights = torch.zeros(len(old), dtype=torch.float64)
@@ -355,10 +372,8 @@ class Rollouts:
         }
         if len(rewards.names) > 1:
             means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said.scores, strict=True)}
-        if (each := self.stage.sampling.num_answers) > 1:
-            grouped = raw.reshape(-1, each)
-            # Prompts that teach nothing: all answers have one reward.
-            means["objective/alike"] = grouped.amax(1) == grouped.amin(1)
+        if self.stage.sampling.num_answers > 1:
+            means["objective/alike"] = outcome.alike  # prompts that teach nothing
         metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
         metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
         metrics["objective/kl_coef"] = self.kl_coef

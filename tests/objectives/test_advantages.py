@@ -102,6 +102,87 @@ def test_token_penalties_count_in_the_reward_of_an_answer():
     assert found.tolist() == pytest.approx([-0.25, -0.25, -2.0])
 
 
+EVERY = {"grpo": GRPO(), "mean": GRPO(std=False), "rloo": RLOO(), "remax": ReMax(), "gae": GAE()}
+ALIKE = {
+    "a level": [1000.1] * 3,
+    "a share": [0.1] * 7,
+    "negative": [-1 / 3] * 6,
+    "large": [-123456789.3] * 5,
+    "nothing": [0.0] * 4,
+    "rounded": [1000.1, 1000.1 + 6.1e-5, 1000.1 - 6.1e-5],  # neighbours in float32
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scores", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("kind", EVERY)
+def test_rewards_that_are_alike_teach_exactly_nothing(kind, scores, dtype):
+    """A mean of equal numbers is not that number in floating point, and std or whitening would blow the rest up."""
+    rewards = torch.tensor(scores, dtype=dtype)
+    owners = owners_of([1 + number % 3 for number in range(len(scores))])
+    groups, none = torch.zeros(len(scores), dtype=torch.int64), torch.zeros(len(owners), dtype=dtype)
+    one = Outcome(rewards, none, owners, groups, values=rewards[owners], baselines=rewards.flip(0))
+    advantages = EVERY[kind](one).advantages
+    assert advantages.dtype == dtype
+    assert advantages.tolist() == [0.0] * len(owners)
+    assert one.alike.all()
+
+
+def test_the_same_sum_from_other_tokens_is_alike():
+    """Rewards of single tokens, a penalty of the same size in other places, float32 as in a run."""
+    pieces = [[0.1, 0.2, 0.7], [0.3, 0.7], [0.7, 0.1, 0.1, 0.1]]
+    owners = owners_of([len(one) for one in pieces])
+    tokens = torch.tensor([value for one in pieces for value in one])
+    one = Outcome(torch.full((3,), 100.1), tokens, owners, torch.zeros(3, dtype=torch.int64))
+    for kind in ("grpo", "mean", "rloo"):
+        assert EVERY[kind](one).advantages.tolist() == [0.0] * 9
+    assert one.alike.tolist() == [True]
+
+
+def test_small_differences_beside_a_level_are_not_lost():
+    one = outcome([1000.1, 1000.1, 1000.2], [1, 1, 1], [0, 0, 0])
+    assert GRPO()(one).advantages.tolist() == pytest.approx([-0.577, -0.577, 1.153], abs=2e-3)
+    assert one.alike.tolist() == [False]
+    mixed = outcome([1.0, 1.0, 1000.1, 1000.1, 0.0, 2.0], [1] * 6, [3, 3, 1, 1, 2, 2])
+    assert mixed.alike.tolist() == [True, False, True]  # in the order of the prompts' numbers
+    assert RLOO()(mixed).advantages.tolist() == [0.0, 0.0, 0.0, 0.0, -2.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_answers_that_do_not_count_are_as_if_they_had_not_been_drawn(kind):
+    scores, lengths, groups = [1.0, 9.0, 2.0, 4.0, -7.0, 3.0], [2, 1, 3, 1, 2, 1], [0, 0, 0, 1, 1, 1]
+    counted = torch.tensor([True, False, True, True, False, True])
+    owners = owners_of(lengths)
+    more = {
+        "token_rewards": drawn(1, len(owners)), "values": drawn(2, len(owners)),
+        "baselines": torch.full((6,), 0.5, dtype=torch.float64),
+    }  # fmt: skip
+    whole = outcome(scores, lengths, groups, **more, counted=counted)
+    kept = counted[owners]
+    rest = {name: values[kept if len(values) == len(owners) else counted] for name, values in more.items()}
+    pick = lambda values: [value for value, keep in zip(values, counted.tolist(), strict=True) if keep]  # noqa: E731
+    alone = outcome(pick(scores), pick(lengths), pick(groups), **rest)
+    found = EVERY[kind](whole).advantages
+    torch.testing.assert_close(found[kept], EVERY[kind](alone).advantages)
+    assert found[~kept].tolist() == [0.0] * 3
+
+
+def test_who_is_left_alone_has_nobody_to_be_compared_with():
+    counted = torch.tensor([True, False, False, False])
+    one = outcome([1.0, 9.0, 2.0, 4.0], [1, 1, 1, 1], [0, 0, 1, 1], counted=counted)
+    for kind in ("grpo", "mean", "rloo"):
+        assert EVERY[kind](one).advantages.tolist() == [0.0] * 4
+    assert one.alike.tolist() == [True]  # the second prompt has no answer that counts
+
+
+def test_whitening_over_ranks_of_what_is_alike():
+    """The mean is that of all ranks; what each rank has is alike only together."""
+    values = torch.full((5,), 0.1)
+    assert whiten(values).tolist() == [0.0] * 5
+    assert whiten(values + 1e-7 * torch.randn(5), beside=torch.full((5,), 1000.0)).tolist() == [0.0] * 5
+    assert whiten(torch.tensor([0.1, 0.2])).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-4)
+
+
 def test_one_answer_alone_cannot_be_compared():
     for strategy in (GRPO(), RLOO()):
         with pytest.raises(ValueError, match="two answers"):

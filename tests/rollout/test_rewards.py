@@ -88,6 +88,13 @@ def test_shaping_in_its_order():
         (lambda: Rewards(["nowhere.check"]), "no module 'nowhere'"),
         (lambda: RewardShaping(clip=-1), "positive clip"),
         (lambda: RewardShaping(missing_end_penalty=-1), "missing_end_penalty >= 0"),
+        (lambda: RewardShaping(cut_answers="drop"), "cut_answers is as_is, penalty, mask, or left out; got 'drop'"),
+        (
+            lambda: RewardShaping(cut_answers="penalty"),
+            "a penalty needs both, cut_answers: penalty and a positive number",
+        ),
+        (lambda: RewardShaping(1, cut_answers="mask", missing_end_penalty=1.0), "needs both"),
+        (lambda: RewardShaping(cut_answers="as_is", missing_end_penalty=1.0), "needs both"),
         (
             lambda: Rewards([lambda p, c, **k: [1.0]])([[]] * 2, ["a", "b"], {}, [[1]] * 2),
             "must return a list of 2 numbers",

@@ -620,6 +620,87 @@ def test_replay_beside_the_rollouts(rows):
     assert at_three.steps[0]["policy/entropy"] != pytest.approx(at_one.steps[0]["policy/entropy"], abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["gae", "grpo", "rloo", "remax"])
+@pytest.mark.parametrize("level", [1000.1, 0.1, -7 / 3])
+def test_rewards_that_are_all_alike_move_nothing(rows, kind, level):
+    """To the last bit: an optimizer that divides by the size of gradients makes a step of any rest."""
+    options = {**KINDS[kind], "kl": KLPenalty(0.0), "reward": lambda completions: [level] * len(completions)}
+    if kind == "gae":
+        options["advantage"] = GAE(lam=1.0)
+    _, record, _ = train(rows, steps=1, trainer={"gradient_clip_val": None}, **options)
+    for name, grad in record.grads[0].items():
+        assert not name.startswith("policy.lm") or grad.abs().max() <= (1e-4 if kind == "gae" else 0.0), name
+    assert record.found[0].tokens["advantages"].abs().max() == 0.0
+    assert record.steps[0].get("objective/alike", 1.0) == 1.0
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_alike_is_what_the_advantage_sees(rows, place):
+    """Not what the rewards say alone: a bound makes them alike, and a penalty tells them apart."""
+    options = {**KINDS["grpo"], "kl": KLPenalty(0.1, place, "k2"), "steps": 1}
+    counting = {"reward": lambda completions: [float(n) for n in range(len(completions))]}
+    _, record, _ = train(rows, shaping=RewardShaping(clip=0.5), **counting, **options)
+    assert record.steps[0]["objective/alike"] == 5 / 6  # only 0 is below the bound
+    longer = {"reward": lambda completions: [1.0] * len(completions), "max_new_tokens": 30}
+    lm = tiny_lm("llama", vocab_size=259)
+    lm.generation_config.eos_token_id = list(range(2, 259, 6))
+    _, record, _ = train(rows, shaping=RewardShaping(length_penalty=0.1), lm=lm, **longer, **options)
+    assert record.steps[0]["objective/alike"] < 1
+
+
+def many_ends():
+    """A model whose answers end now and then."""
+    lm = tiny_lm("llama", vocab_size=259)
+    lm.generation_config.eos_token_id = list(range(2, 259, 16))
+    return lm
+
+
+@pytest.mark.parametrize("kind", ["gae", "grpo", "dr_grpo", "rloo", "remax", "grpo_cool"])
+def test_masked_answers_teach_nothing(rows, kind, capsys):
+    """Whatever they are worth, the step is that of the others; they do not count in its mean either."""
+    ends = set(many_ends().generation_config.eos_token_id)
+    made = {}
+    for worth in (0.0, 50.0):
+
+        def reward(completions, completion_ids, worth=worth):
+            texts = zip(odd(None, completions), completion_ids, strict=True)
+            return [value if ids[-1] in ends else worth for value, ids in texts]
+
+        shaping = RewardShaping(cut_answers="mask", whiten=kind == "rloo")
+        options = {**KINDS[kind], "num_answers": 3, "num_minibatches": 1, "shaping": shaping, "steps": 2}
+        made[worth] = train(rows, lm=many_ends(), reward=reward, **options)[1]
+    found = made[0.0].found[0]
+    cut = [number for number, answer in enumerate(found.answers) if answer[-1] not in ends]
+    assert 0 < len(cut) < len(found.answers)
+    assert sorted(found.masked) == cut
+    kept = [answer for number, answer in enumerate(found.answers) if number not in cut]
+    totals = made[0.0].batches[0].totals
+    assert (totals.weight, totals.targets, totals.examples) == (sum(map(len, kept)), sum(map(len, kept)), len(kept))
+    weights = torch.cat([micro.target_weights for micro in made[0.0].batches[0].micro_batches])
+    assert int(weights.sum()) == totals.targets
+    for first, second in zip(made[0.0].grads, made[50.0].grads, strict=True):
+        for name, grad in first.items():
+            assert torch.equal(grad, second[name]), name
+    assert made[0.0].steps[0]["train/loss"] == made[50.0].steps[0]["train/loss"]
+    assert "answers cut at 6 tokens are not trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gae", "grpo", "dr_grpo", "rloo"])
+def test_a_step_of_masked_answers_alone_is_none(rows, kind):
+    lm = tiny_lm("llama", vocab_size=259)
+    options = {**KINDS[kind], "num_answers": 2, "shaping": RewardShaping(cut_answers="mask"), "max_new_tokens": 2}
+    _, record, _ = train(rows, lm=lm, steps=2, **options)
+    assert record.steps[0]["answers/ended"] == record.steps[0]["train/loss"] == 0
+    assert sum(grad.abs().sum() for grads in record.grads for grad in grads.values()) == 0
+
+
+def test_what_becomes_of_cut_answers_is_said(rows, capsys):
+    train(rows, steps=1)
+    assert "rewards    odd; answers cut at 6 tokens are worth what the rewards say of them" in capsys.readouterr().out
+    train(rows, steps=1, reward=[odd, odd], reward_weights=[1.0, 0.5], shaping=RewardShaping(missing_end_penalty=2.0))
+    assert "rewards    odd_1, 0.5 x odd_2; answers cut at 6 tokens lose 2\n" in capsys.readouterr().out
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
