@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ftlit.data.folders import Splits, choose, configs, read_folder
 from ftlit.data.formats import (
     Comparison,
     Completion,
@@ -27,8 +28,6 @@ from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
 SAMPLES = Path(__file__).parent / "samples"
-# Files that lie beside data without being data.
-_BESIDE = ("readme", "license", "licence", "notice", "changelog", "dataset_card", "datasheet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,8 +36,10 @@ class Source:
 
     Args:
         name: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.txt`, `.md`; those of text also with
-            `.gz`), a folder of such files, a folder made by `save_to_disk`, a hub id (`org/name`, `org/name:split`,
-            `org/name:config:split`), or `sample:NAME` for rows that ship with ftlit.
+            `.gz`), a folder of such files or one made by `save_to_disk` (`folder:split`, `folder:config:split`), a hub
+            id (`org/name`, `org/name:split`, `org/name:config:split`), or `sample:NAME` for rows that ship with ftlit.
+            The splits of a folder of files are those that its card or the names of files and folders say, as
+            `datasets` has it; its card, licence and other files beside the rows are not read.
         row_format: How to read a row; chosen from the columns when left out.
         columns: The format's name of a column to the file's, where they differ; to null leaves a column out.
         prefer: The split to take where the name says none: `train`, `validation` or `test`.
@@ -194,16 +195,16 @@ class Source:
             return [read_table(_sample(name), name)]
         path = Path(name).expanduser()
         if path.is_dir():
-            return self._folder(path, name, None, prefer)
+            return self._folder(path, name, [], prefer)
         if path.exists():
             if not suffix_of(path):
                 raise DataError(
                     f"{name}: rows are read from {', '.join(SUFFIXES)} files, got {path.suffix or 'no suffix'!r}."
                 )
             return [read_table(path, name)]
-        head, _, split = name.rpartition(":")
-        if head and Path(head).expanduser().is_dir():
-            return self._folder(Path(head).expanduser(), head, split, prefer)
+        head, *rest = name.split(":")
+        if rest and Path(head).expanduser().is_dir():
+            return self._folder(Path(head).expanduser(), head, rest, prefer)
         if _HUB.fullmatch(name.split(":")[0]) and not suffix_of(path):
             return [_from_hub(name, prefer)]
         near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -211,24 +212,35 @@ class Source:
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise DataError(f"{name} does not exist (looked in {path.absolute().parent}){hint}")
 
-    def _folder(self, path: Path, name: str, split: str | None, prefer: str) -> list[Table]:
-        if any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+    def _folder(self, path: Path, name: str, rest: list[str], prefer: str) -> list[Table]:
+        """The rows of a folder, after whose name a config, a split, or both may be asked for."""
+        saved = any((path / mark).exists() for mark in ("dataset_dict.json", "state.json"))
+        config = rest[0] if rest and not saved and rest[0] in configs(path) else None
+        asked = rest[config is not None :]
+        if len(asked) > 1:
+            raise DataError(f"{':'.join([name, *rest])}: after a folder comes its split, such as {name}:train.")
+        split = asked[0] if asked else None
+        if saved:
             return [_from_disk(path, name, split, prefer)]
-        if split is not None:
-            raise DataError(f"{name} is a folder of files and has no split {split!r}; give a file in it.")
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        taken = [file for file in files if self._is_data(file, path)]
-        if left := [str(file.relative_to(path)) for file in files if file not in set(taken)]:
-            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-            self.notes.append(f"{name}: {len(left):,} of {len(files):,} files are not read as rows: {shown}")
-        if not taken:
+        splits, beside = read_folder(path, name, config)
+        if not splits:
             raise DataError(f"folder {name} holds no file to read rows from ({', '.join(SUFFIXES)}).")
-        return [read_table(file, str(file)) for file in taken]
+        if split is not None and set(splits) == {""}:
+            raise DataError(f"{name} is a folder of files and has no split {split!r}; give a file in it.")
+        chosen = choose(name, list(splits), split, prefer)
+        self._say_files(path, name, splits, beside, chosen if split is None else None)
+        return [read_table(file, str(file)) for file in splits[chosen]]
 
-    @staticmethod
-    def _is_data(file: Path, folder: Path) -> bool:
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        return bool(suffix_of(file)) and not hidden and file.name.split(".")[0].lower() not in _BESIDE
+    def _say_files(self, path: Path, name: str, splits: Splits, beside: list[Path], chosen: str | None) -> None:
+        """Notes which files of a folder are left, and which split is taken where none was asked for."""
+        if beside:
+            count = len(beside) + sum(map(len, splits.values()))
+            shown = ", ".join(str(file.relative_to(path)) for file in beside[:5]) + ", ..." * (len(beside) > 5)
+            self.notes.append(f"{name}: {len(beside):,} of {count:,} files are not read as rows: {shown}")
+        if chosen and set(splits) != {"train"}:
+            others = ", ".join(f"{name}:{split}" for split in splits if split != chosen)
+            files = f"{len(splits[chosen]):,} file{'s' * (len(splits[chosen]) > 1)}"
+            self.notes.append(f"{name}: split {chosen} ({files})" + (f"; the others are {others}" if others else ""))
 
 
 def _sample(name: str) -> Path:
@@ -246,7 +258,7 @@ def _from_disk(path: Path, name: str, split: str | None, prefer: str) -> Table:
     except Exception as error:  # datasets raises what its files make it raise
         raise DataError(f"{name} is torn, or no data set saved by save_to_disk ({_first(error)}).") from None
     if isinstance(data, datasets.DatasetDict):
-        data = data[_split(name, list(data), split, prefer)]
+        data = data[choose(name, list(data), split, prefer)]
     elif split is not None:
         raise DataError(f"{name} has no splits, so there is no {split!r}; give {name} alone.")
     return _dataset(data, name if split is None else f"{name}:{split}")
@@ -261,7 +273,7 @@ def _from_hub(name: str, prefer: str) -> Table:
     try:
         with _no_bars(datasets):
             known = [] if split else datasets.get_dataset_split_names(hub_id, config)
-            split = split or _split(hub_id, known, None, prefer)
+            split = split or choose(hub_id, known, None, prefer)
             return _dataset(datasets.load_dataset(hub_id, config, split=split), name)
     except DataError:
         raise
@@ -281,14 +293,6 @@ def _no_bars(datasets: Any) -> Iterator[None]:
     finally:
         if were:
             datasets.enable_progress_bars()
-
-
-def _split(name: str, known: list[str], asked: str | None, prefer: str) -> str:
-    if asked is not None and asked not in known:
-        raise DataError(f"{name} has no split {asked!r}: {nearest(asked, known)}")
-    if asked is None and len(known) > 1 and prefer not in known:
-        raise DataError(f"{name} has several splits ({', '.join(known)}); name one, such as {name}:{known[0]}.")
-    return asked or (prefer if prefer in known else known[0])
 
 
 def _dataset(data: Any, name: str) -> Table:
