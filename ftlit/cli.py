@@ -18,7 +18,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -222,12 +222,14 @@ class CLI(LightningCLI):
         elif self.subcommand == "fit" and not any(isinstance(c, ModelCheckpoint) for c in config["callbacks"]):
             own.append(SaveCheckpoint())  # a config that replaces the callbacks still leaves a run to go on from
         if self.subcommand == "fit" and not config.get("fast_dev_run"):
-            own += [Report(), SaveAdapter()]
+            given = any(isinstance(one, SaveAdapter) for one in config["callbacks"])
+            own += [Report()] if given else [SaveAdapter(), Report()]  # the report says what was kept
         elif self.subcommand == "predict":
             own.append(WritePredictions())
         elif self.subcommand in ("validate", "test"):
             own.append(WriteEvaluation())
-        if config.get("enable_progress_bar") is not False:
+        shows = any(isinstance(one, ProgressBar) for one in config["callbacks"])
+        if config.get("enable_progress_bar") is not False and not shows:
             own.append(Progress())
         try:
             return super()._instantiate_trainer(config, [*callbacks, *own])

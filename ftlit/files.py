@@ -115,6 +115,17 @@ def keep_copy(path: Path, copy: Path) -> None:
         os.replace(path, copy)
 
 
+def second_name(path: Path, name: Path) -> None:
+    """Makes `name` a second name of the file at `path`; where names cannot be linked, a copy of it."""
+    scratch = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    scratch.unlink(missing_ok=True)
+    try:
+        os.link(path, scratch)
+    except OSError:
+        shutil.copyfile(path, scratch)
+    os.replace(scratch, name)
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether an exception, or what caused it, says that the disk is full."""
     while error is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from typing_extensions import override
 
-from ftlit.callbacks.monitor import DEFAULT, watched
+from ftlit.callbacks.monitor import DEFAULT, Best, deciding, monitor_of
+from ftlit.metrics.directions import Mode
 from ftlit.peft.io import save_adapter
 
 if TYPE_CHECKING:
@@ -21,24 +21,22 @@ class SaveAdapter(L.Callback):
     Strategies without such a format (full fine-tuning) write none; `ftlit export` makes a model of their run.
 
     Args:
-        monitor: Validation metric, smaller is better.
+        monitor: The metric that decides; left as it is, that of the checkpoints, so that `adapter/best` and
+            `checkpoints/best.ckpt` are one.
+        mode: Whether its smallest (`min`) or its largest (`max`) value is the best; its own direction when left out.
     """
 
-    def __init__(self, monitor: str = DEFAULT) -> None:
-        self.monitor = monitor
-        self.best: float | None = None
+    def __init__(self, monitor: str = DEFAULT, mode: Mode | None = None) -> None:
+        self.monitor, self.mode = monitor, mode
+        self.best = Best()
 
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.monitor = watched(trainer, self.monitor) or self.monitor
-
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
-        return {"best": self.best}
+        return self.best.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from it."""
-        self.best = state_dict["best"]
+        self.best.load_state_dict(state_dict)
 
     def _save(self, trainer: L.Trainer, stage: Stage, which: str) -> None:
         if stage.strategy.peft_type is None or stage.policy is None:
@@ -49,13 +47,17 @@ class SaveAdapter(L.Callback):
         head = getattr(stage.policy, "head", ())
         save_adapter(stage.strategy, stage.policy.lm, folder, base, write=trainer.is_global_zero, head=head)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
+        """Finds out what decides, once the checkpoints know."""
+        asked = self.monitor != DEFAULT or self.mode is not None
+        found = monitor_of(trainer, "SaveAdapter", self.monitor, self.mode) if asked else deciding(trainer)
+        self.best.begin(found)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Keeps the best."""
-        value = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or value is None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.best is None or value.item() < self.best:
-            self.best = value.item()
+        if self.best.update(trainer):
             self._save(trainer, pl_module, "best")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Stage) -> None:

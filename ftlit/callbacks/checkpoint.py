@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from ftlit.callbacks.monitor import DEFAULT, watched
+from ftlit.callbacks.monitor import DEFAULT, Monitor, logged_at_validations, monitor_of
 from ftlit.errors import ConfigError
-from ftlit.files import keep_copy
+from ftlit.files import keep_copy, second_name
+from ftlit.metrics.directions import Mode
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class SaveCheckpoint(ModelCheckpoint):
@@ -28,30 +29,46 @@ class SaveCheckpoint(ModelCheckpoint):
     Args:
         every_n_steps: Also save `last.ckpt` every so many optimizer steps; None: at the end of each validation (of each
             epoch, without validation rows).
-        monitor: Validation metric, smaller is better; left as it is, a stage may have one of its own (PPO keeps the
-            largest `val/reward`).
-        save_best: Whether to keep the best.
+        monitor: Validation metric that decides what is best, here, for `adapter/best`, W&B and the report; left as it
+            is, what the stage is judged by (PPO by `val/reward`).
+        mode: Whether its smallest (`min`) or its largest (`max`) value is the best. ftlit's own metrics know that; one
+            that a class of your own logs needs it.
+        save_top_k: How many of the best to keep; of more than one each is `step-NNNNNN.ckpt`, and `best.ckpt` a second
+            name of the best. -1: all; 0: none.
+        save_best: False is `save_top_k: 0`.
         keep_previous: Whether to keep the last but one: what a run goes on from should the last be damaged.
 
     Raises:
-        ConfigError: If `every_n_steps` is not positive.
+        ConfigError: If `every_n_steps` or `save_top_k` is out of range.
     """
+
+    decides: Monitor | None = None
+    """What decides, once the run has begun; None where nothing is validated."""
 
     def __init__(
         self,
         every_n_steps: int | None = None,
         monitor: str = DEFAULT,
+        mode: Mode | None = None,
+        save_top_k: int = 1,
         save_best: bool = True,
         keep_previous: bool = True,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(f"every_n_steps must be at least 1 optimizer step, got {every_n_steps}.")
+        if save_top_k < -1:
+            raise ConfigError(f"save_top_k must be a number of checkpoints, or -1 for all, got {save_top_k}.")
+        if mode not in (None, "min", "max"):
+            raise ConfigError(f"SaveCheckpoint.mode must be min or max, got {mode!r}.")
         self.every_n_steps, self.keep_previous = every_n_steps, keep_previous
+        self._asked = (monitor, mode)
+        self._kept_last = False
         self._last_saved_at = -1
         super().__init__(
-            filename="best",
+            filename="best" if save_top_k in (0, 1) else "step-{step:06d}",
             monitor=monitor,
-            save_top_k=1 if save_best else 0,
+            mode=mode or "min",
+            save_top_k=save_top_k if save_best else 0,
             save_last=True,
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -60,11 +77,13 @@ class SaveCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.monitor == DEFAULT and getattr(pl_module, "best_by", (DEFAULT, "min"))[1] == "max":
-            self.mode, self.kth_value = "max", torch.tensor(-torch.inf)
-        self.monitor: Any = None if self.monitor is None else watched(trainer, self.monitor)
-        if self.monitor is None:  # nothing is validated: there is no best, only a last
-            self.save_top_k = 0
+        if stage == "fit":
+            self.decides = monitor_of(trainer, type(self).__name__, *self._asked)
+            self.monitor: Any = None if self.decides is None else self.decides.name
+            self.mode = "min" if self.decides is None else self.decides.mode
+            self.kth_value = torch.tensor(-torch.inf if self.mode == "max" else torch.inf)
+            if self.decides is None:  # nothing is validated: there is no best, only a last
+                self.save_top_k = 0
         self.dirpath: Any = getattr(self, "dirpath", None) or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
@@ -120,6 +139,35 @@ class SaveCheckpoint(ModelCheckpoint):
         best = {str(Path(self.dirpath) / Path(k).name): v for k, v in state_dict["best_k_models"].items()}
         super().load_state_dict({**moved, "dirpath": self.dirpath, "best_k_models": best})
 
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning saves the last only where this validation was one of the best.
+        self._kept_last = False
+        super().on_validation_end(trainer, pl_module)
+        if not self._kept_last and self.monitor is not None and not self._should_skip(trainer):
+            self._save_last(trainer)
+
+    @staticmethod
+    def _should_skip(trainer: L.Trainer) -> bool:
+        return bool(trainer.fast_dev_run) or trainer.state.fn != "fit" or trainer.sanity_checking
+
+    @override
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self.save_top_k == 0 or self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.monitor not in logged_at_validations(trainer):  # what is measured now and then cannot decide always
+            raise ConfigError(
+                f"{type(self).__name__} watches {self.monitor!r}, which this validation did not log; it logged "
+                f"{', '.join(sorted(trainer.callback_metrics))}."
+            )
+
+    @override
+    def _update_best_and_save(self, current: Any, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        best = Path(self.best_model_path)
+        if best.name != BEST and trainer.is_global_zero:
+            second_name(best, best.with_name(BEST))
+
     def _save_last(self, trainer: L.Trainer) -> None:
         before: Any = getattr(self, "_last_global_step_saved", 0)
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -133,5 +181,5 @@ class SaveCheckpoint(ModelCheckpoint):
         if path.name == LAST:
             if self.keep_previous and fresh and trainer.is_global_zero:
                 keep_copy(path, path.with_name(PREVIOUS))
-            self._last_saved_at = trainer.global_step
+            self._last_saved_at, self._kept_last = trainer.global_step, True
         super()._save_checkpoint(trainer, filepath)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ftlit.stages.base import Stage
 
 _TABLE = ("step", "row", "prompt", "answer", "reference")
+# What is logged: of answers that can be compared, of those that are verified, of all.
+_COMPARED = ("exact_match", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu")
+_VERIFIED = ("verifier", "verifier_low", "verifier_high")
+_ALWAYS = ("distinct_1", "distinct_2", "length", "end_rate", "seconds_per_answer", "tokens_per_s")
 
 
 class _Made(NamedTuple):
@@ -196,6 +200,14 @@ class GenerationEval(L.Callback):
         if beyond:
             line += f"; {beyond:,} may go beyond the model's {most:,} tokens"
         return line
+
+    def logged_at_validations(self, trainer: L.Trainer) -> list[str]:
+        """Whole names of what it logs at validations, known before the first; after `setup`."""
+        if not self.every_n_validations:
+            return []
+        known = any(row.reference is not None for row in self._questions)
+        names = [*(_COMPARED if known else ()), *(_VERIFIED if self.verifier is not None else ()), *_ALWAYS]
+        return [f"{self._prefix(trainer)}/{name}" for name in names]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from; a run that goes on has that behind it."""

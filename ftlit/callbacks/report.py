@@ -14,7 +14,9 @@ import lightning as L
 import torch
 
 from ftlit.callbacks import forgetting_report
+from ftlit.callbacks.adapters import SaveAdapter
 from ftlit.callbacks.generation_eval import GenerationEval
+from ftlit.callbacks.monitor import Monitor
 from ftlit.callbacks.tables import finite, number
 from ftlit.data.templating import terminal_marks
 from ftlit.device import peak_memory
@@ -144,6 +146,7 @@ class Report(L.Callback):
         probe = next(iter(_probes(trainer)), None)
         if probe is not None:
             lines += forgetting_report.notes(probe, summary["seconds"])
+        lines += _best_line(summary["best"])
         curve = draw(folder, pl_module.loss_unit)
         pictures = [curve] if curve else []
         series, limit = curves(folder / "metrics.csv"), getattr(probe, "limit", None)
@@ -182,9 +185,19 @@ class Report(L.Callback):
             "peak_memory_bytes_of_ranks": memory,
             "start": finite(start),
             "end": finite(end),
+            "best": next((one.best.summary() for one in trainer.callbacks if isinstance(one, SaveAdapter)), None),
             "last_step": finite(stage.step_metrics),
             "weights_moved": {layer: size for probe in _probes(trainer) for layer, size in probe.layers.items()},
         }
+
+
+def _best_line(best: dict[str, Any] | None) -> list[str]:
+    """Which validation was the best, and by what."""
+    if best is None:
+        return []
+    words = Monitor(best["monitor"], best["mode"]).words
+    when = "" if best["step"] is None else f" after step {best['step']}"
+    return [f"best       {best['monitor']} {number(best['value'])}{when} ({words})"]
 
 
 def _probes(trainer: L.Trainer) -> list[ForgettingProbe]:

@@ -59,6 +59,7 @@ class WandB(WandbLogger):
         self.folder = Path(save_dir)
         self.log_adapter = log_adapter
         self._known: dict[int, set[str]] = {}
+        self._best: Mapping[str, Any] | None = None
         given = {"entity": entity, "group": group, "job_type": job_type, "tags": tags, "notes": notes}
         # Not Lightning's `offline`: it sets WANDB_MODE for the whole process.
         mode: dict[str, Any] = {"mode": "offline" if offline else os.environ.get("WANDB_MODE")}
@@ -110,6 +111,9 @@ class WandB(WandbLogger):
                 self.experiment.summary[key] = value
         for key, value in summary["start"].items():
             self.experiment.summary[f"start/{key}"] = value
+        for key, value in (summary["best"] or {}).items():
+            self.experiment.summary[f"best/{key}"] = value
+        self._best = summary["best"]
 
     @override
     @rank_zero_only
@@ -130,7 +134,8 @@ class WandB(WandbLogger):
         if not adapter.is_dir():
             print(f"W&B: there is no {adapter} to upload (this strategy has no adapter folder).", flush=True)
             return
-        artifact = wandb.Artifact(f"adapter-{self._id}", type="model", metadata={"which": self.log_adapter})
+        about = {"which": self.log_adapter, **((self._best or {}) if self.log_adapter == "best" else {})}
+        artifact = wandb.Artifact(f"adapter-{self._id}", type="model", metadata=about)
         artifact.add_dir(str(adapter))
         self.experiment.log_artifact(artifact, aliases=[str(self.log_adapter)])
 

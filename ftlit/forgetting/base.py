@@ -61,6 +61,8 @@ class ForgettingControl(L.Callback):
     """Whether the control is a term of the loss (its weight then shares in the normalisation of a budget)."""
     has_weight: ClassVar[bool] = True
     """Whether its weight acts while the model trains, so that a budget can turn it."""
+    of_a_step: ClassVar[tuple[str, ...]] = ()
+    """Names of what it logs of each optimizer step, as `forgetting/NAME/...`."""
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not 0 <= weight < float("inf"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -61,6 +61,8 @@ class L2ToInit(ChangePenalty):
     Raises:
         ConfigError: If a number is out of range, or a setting belongs to the other mode.
     """
+
+    of_a_step: ClassVar[tuple[str, ...]] = ("loss", "distance")
 
     def __init__(
         self,

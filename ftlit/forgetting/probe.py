@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 OWN = "self"
 TARGET = "target"
 _TAKEN = ("worst", "weights", TARGET)
+_ENDS = ("change", "change_low", "change_high")
+_KEYS = ("nll", *_ENDS, "ppl_ratio", "agreement")
 
 
 class ForgettingProbe(ForgettingControl):
@@ -239,6 +241,21 @@ class ForgettingProbe(ForgettingControl):
         """Whether it measures while the model still trains."""
         validates = cast("Stage", trainer.lightning_module).judged_on is not None and trainer.enable_validation
         return bool(self.at_steps or self.every_n_steps or (self.at_validations and validates))
+
+    def logged_at_validations(self, trainer: L.Trainer) -> list[str]:
+        """Whole names of what it logs at validations, known before the first."""
+        stage = cast("Stage", trainer.lightning_module)
+        if not self.at_validations:
+            return []
+        first = next(one for one in stage.controls if isinstance(one, ForgettingProbe)) is self
+        keys = [*_KEYS, *(["kl"] if self.with_kl else [])]
+        names = [f"forgetting/{domain}/{key}" for domain in self.domains for key in keys]
+        names += [f"forgetting/{'worst' if first else f'{self.name}_worst'}/{key}" for key in _ENDS]
+        if first and stage.judged_on is not None:
+            answered = isinstance(getattr(trainer, "datamodule", None), PromptData)
+            kept = ["agreement", *(["kl"] if self.with_kl else [])] if answered else keys
+            names += [f"forgetting/{TARGET}/{key}" for key in kept]
+        return [*names, "forgetting/weights/change"] if first else names
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from: by definition nothing is forgotten yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -98,6 +98,8 @@ class ChangePenalty(ForgettingControl):
     Subclasses say the penalty of one change. The value of the step, without the weight, is logged as
     `forgetting/NAME/loss`.
     """
+
+    of_a_step: ClassVar[tuple[str, ...]] = ("loss",)
 
     in_loss = False
 

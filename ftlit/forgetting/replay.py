@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from typing_extensions import override
@@ -50,6 +50,8 @@ class Replay(ForgettingControl):
     Raises:
         ConfigError: If a number is out of range.
     """
+
+    of_a_step: ClassVar[tuple[str, ...]] = ("loss", "tokens")
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
@@ -33,6 +33,8 @@ class TargetKL(ForgettingControl):
     Raises:
         ConfigError: If a number is out of range.
     """
+
+    of_a_step: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(self, temperature: float = 2.0, weight: float = 0.1, name: str | None = None) -> None:
         super().__init__(weight, name or "target_kl")

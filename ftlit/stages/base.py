@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from ftlit.batch import PackedBatch, StepBatch, StepTotals
+from ftlit.callbacks.checkpoint import SaveCheckpoint
+from ftlit.callbacks.monitor import direct
+from ftlit.callbacks.refused import check_callbacks
 from ftlit.data.packing import StepLoader
 from ftlit.device import wait_for
 from ftlit.errors import ConfigError
@@ -345,13 +348,11 @@ class Stage(Evaluated):
         self.stop.take_over(self.trainer)
         if self.trainer.ckpt_path:  # where it started from was measured when it did
             self.trainer.num_sanity_val_steps = 0
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
-            raise ConfigError(
-                "GradientAccumulationScheduler does not work with ftlit, where a batch is a whole optimizer step; "
-                "set trainer.accumulate_grad_batches."
-            )
         if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise ConfigError("a run must end: set trainer.max_steps, or trainer.max_epochs to a number of epochs.")
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, EarlyStopping | ModelCheckpoint) and not isinstance(callback, SaveCheckpoint):
+                direct(self.trainer, callback)
         self._given = (self.trainer.accumulate_grad_batches, self.trainer.check_val_every_n_epoch)
         self.accumulate = self.trainer.accumulate_grad_batches
         self.trainer.accumulate_grad_batches = 1
@@ -470,6 +471,7 @@ class Stage(Evaluated):
         if self.trainer.state.fn != "fit":
             return []
         callbacks: list[Any] = self.trainer.callbacks
+        check_callbacks(callbacks)
         added: list[L.Callback] = [*ForgettingBudget.default_controls(callbacks)]
         return [*added, *EarlyStopOnForgetting.default_controls([*callbacks, *added])]
 
@@ -562,6 +564,19 @@ class Stage(Evaluated):
             self.trainer.should_stop, self.trainer.check_val_every_n_epoch = True, 1
         if self._agreed_to_stop:
             self.trainer._signal_connector.received_sigterm = True  # Lightning's loops end at their next safe place
+
+    @property
+    def step_names(self) -> list[str]:
+        """Of the stage (`of_a_step`), of the optimizer, and of the controls."""
+        own = [_metric(name) for name in self.of_a_step]
+        optimizer = [f"train/{name}" for name in ("lr", "grad_norm", "tokens_per_s", "trained_tokens_per_s")]
+        controls = [f"forgetting/{control.name}/{name}" for control in self.controls for name in control.of_a_step]
+        return [*own, *optimizer, *controls]
+
+    @property
+    def of_a_step(self) -> list[str]:
+        """Names of what `step_summary` gives."""
+        return ["loss"]
 
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
         """The step metrics made from the means of `MicroLoss.sums`."""

@@ -142,6 +142,17 @@ class Classification(ScalarStage):
             sums={"loss": (plain * weights).sum(), "accuracy": (hits * weights).sum()},
         )
 
+    @property
+    @override
+    def of_a_step(self) -> list[str]:
+        return ["loss", "accuracy"]
+
+    @property
+    @override
+    def measured(self) -> list[str]:
+        share = "exact_match" if self.data.multi_label else "accuracy"
+        return list(dict.fromkeys([*self.of_a_step, share, f"{share}_low", f"{share}_high", "f1", "auroc"]))
+
     @override
     def new_metric(self) -> ClassificationMetric:
         return ClassificationMetric(len(self.outputs), self.data.multi_label)

@@ -192,6 +192,18 @@ class DPO(ValidatedStage):
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
         return summary(means)
 
+    @property
+    @override
+    def of_a_step(self) -> list[str]:
+        sides = [f"{name}/{side}" for name in _OF_SIDES for side in ("chosen", "rejected")]
+        return ["loss", *_OF_PAIRS, *sides, *(["kl"] if self.loss.needs_kl else [])]
+
+    @property
+    @override
+    def measured(self) -> list[str]:
+        ends = [f"rewards/{name}_{end}" for name in ("margins", "accuracies") for end in ("low", "high")]
+        return [*self.of_a_step, *ends]
+
     @override
     def new_metric(self) -> PairMetric:
         return PairMetric((*SUMS, "kl") if self.loss.needs_kl else SUMS, summary)

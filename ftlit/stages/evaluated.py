@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 
 from ftlit.data.datamodules import MAIN
+from ftlit.metrics.directions import Mode
 from ftlit.stages.signals import StopRequest
 
 
@@ -23,7 +24,7 @@ class Evaluated(L.LightningModule):
         validated_at: The optimizer step at which the last whole validation was; -1 before any.
     """
 
-    best_by: ClassVar[tuple[str, Literal["min", "max"]]] = ("val/loss", "min")
+    best_by: ClassVar[tuple[str, Mode]] = ("val/loss", "min")
     """The validation metric by which the best checkpoint is chosen, and whether a small or a large one is better."""
 
     def __init__(self) -> None:
@@ -34,6 +35,19 @@ class Evaluated(L.LightningModule):
         self.validated_at = -1
         self.stop = StopRequest()
         self._caught: dict[str, float] | None = None  # where a validation leaves its numbers that is not logged
+
+    @property
+    def step_names(self) -> list[str]:
+        """Whole names of all that is logged of an optimizer step."""
+        return []
+
+    def logged_at_validations(self, trainer: L.Trainer) -> list[str]:
+        """Whole names of all that a validation logs, known before the first.
+
+        Args:
+            trainer: The trainer, its data set up.
+        """
+        return []
 
     def validates_here(self) -> bool:
         """Whether Lightning validates after the optimizer step that was taken last."""

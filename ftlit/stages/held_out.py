@@ -15,6 +15,8 @@ from ftlit.rollout.experience import cut
 if TYPE_CHECKING:
     from ftlit.stages.ppo import PPO
 
+_KEYS = ("reward", "kl", "length", "ended")
+
 
 class HeldOut:
     """Answers the prompts of validation and test, and counts what became of them until it is logged.
@@ -63,7 +65,7 @@ class HeldOut:
             loop: `val` or `test`.
         """
         names = self.stage.rewards.names
-        keys = ["reward", "kl", "length", "ended", *(f"rewards/{name}" for name in names)]
+        keys = [*_KEYS, *(f"rewards/{name}" for name in names)]
         values: dict[str, float] = {}
         for name in self._names(loop):
             none = torch.zeros(len(keys) + 1, dtype=torch.float64)
@@ -74,6 +76,17 @@ class HeldOut:
                     values[f"{place}/{key}"] = total / count if count else float("nan")
         self._counts = {}
         self.stage.log_evaluation(loop, values)
+
+    def logged(self, loop: str) -> list[str]:
+        """Whole names of what `log` gives.
+
+        Args:
+            loop: `val` or `test`.
+        """
+        each = self.stage.rewards.names
+        keys = [*_KEYS, *(f"rewards/{name}" for name in each)] if len(each) > 1 else _KEYS
+        places = [loop if name == MAIN else f"{loop}/{name}" for name in self._names(loop)]
+        return [f"{place}/{key}" for place in places for key in keys]
 
     def _names(self, loop: str) -> list[str]:
         return self.stage.data.validation_names if loop == "val" else [MAIN]

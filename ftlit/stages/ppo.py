@@ -341,6 +341,24 @@ class PPO(Stage):
         shares = {f"time/{name}": value / spent for name, value in seconds.items()}
         return {**means, **self.rollouts.metrics, **shares}
 
+    @property
+    def of_a_step(self) -> list[str]:
+        """What the update, its rollout and the clock give."""
+        names = ["loss", "loss/policy", "policy/approxkl", "policy/clipfrac", "policy/entropy", "val/ratio"]
+        names += [f"objective/{name}" for name in ("kl", "scores", "rlhf_reward", "scores_std", "kl_coef")]
+        names += ["answers/length", "answers/ended"]
+        names += [f"time/{name}" for name in self.rollouts.seconds]
+        if self.sampling.num_answers > 1:
+            names.append("objective/alike")
+        if self.advantage.uses_values:
+            names += ["loss/value", "val/clipfrac", "val/explained_variance"]
+        each = self.rewards.names
+        return [*names, *(f"rewards/{name}" for name in each)] if len(each) > 1 else names
+
+    def logged_at_validations(self, trainer: L.Trainer) -> list[str]:
+        """What the answers to held-out prompts give, of every set."""
+        return self.held_out.logged("val")
+
     # ---- validation and test ----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: list[int], batch_idx: int, dataloader_idx: int = 0) -> None:

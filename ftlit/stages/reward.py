@@ -98,6 +98,16 @@ class RewardModel(ScalarStage):
 
     # ---- validation and test --------------------------------------------------------------------------------------
 
+    @property
+    @override
+    def of_a_step(self) -> list[str]:
+        return ["loss", "accuracy", "margin", "rewards/chosen", "rewards/rejected"]
+
+    @property
+    @override
+    def measured(self) -> list[str]:
+        return [*self.of_a_step, "accuracy_low", "accuracy_high", "calibration_error"]
+
     @override
     def new_metric(self) -> RankingMetric:
         return RankingMetric()

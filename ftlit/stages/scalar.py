@@ -78,21 +78,23 @@ class ScalarStage(ValidatedStage):
         print(f"head       {'; '.join(parts)}; reads the {place}{known}; {count}: {outputs}", flush=True)
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuses callbacks that ask the model for tokens; those that only look at its weights are fine.
+        """Also refuses callbacks that ask the model for tokens; those that only look at its weights are fine.
 
         Lightning calls this before any callback prepares itself.
 
         Raises:
             ConfigError: Naming the first that is refused.
         """
-        for callback in self.trainer.callbacks if self._trainer is not None else ():
+        if self._trainer is None:
+            return []
+        for callback in self.trainer.callbacks:
             known = isinstance(callback, EWC | ForgettingBudget | ForgettingProbe | GenerationEval)
             if known or (isinstance(callback, ForgettingControl) and _reads_tokens(callback)):
                 raise ConfigError(
                     f"{type(callback).__name__} cannot be used here: it needs scores of tokens or text, and the model "
                     f"that {type(self).__name__} trains has no output layer over tokens."
                 )
-        return []
+        return super().configure_callbacks()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

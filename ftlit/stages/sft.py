@@ -77,6 +77,16 @@ class SFT(ValidatedStage):
         """Adds the perplexity."""
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
+    @property
+    def of_a_step(self) -> list[str]:
+        """The loss and what is made of it."""
+        return ["loss", "perplexity", "accuracy", *self.extra_metrics]
+
+    @property
+    def measured(self) -> list[str]:
+        """The same."""
+        return self.of_a_step
+
     def new_metric(self) -> TokenNLL:
         """Loss, perplexity and accuracy a token."""
         return TokenNLL(self.extra_metrics)

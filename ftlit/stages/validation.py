@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import lightning as L
 from torch import nn
 from torchmetrics import Metric
 
@@ -42,6 +43,16 @@ class ValidatedStage(Stage):
             batch: The micro-batch.
             rows: The set it is from, as the data module calls it: `validation:NAME` or `test`.
         """
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of all that `new_metric` computes."""
+        return []
+
+    def logged_at_validations(self, trainer: L.Trainer) -> list[str]:
+        """What is measured, of every set."""
+        places = ["val" if name == MAIN else f"val/{name}" for name in self._names("val")]
+        return [f"{place}/{name}" for place in places for name in self.measured]
 
     def _names(self, loop: str) -> list[str]:
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
