@@ -29,7 +29,7 @@ from ftlit.callbacks import Progress, Report, SaveAdapter, SaveCheckpoint, Write
 from ftlit.callbacks.checkpoint import LAST, PREVIOUS
 from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.callbacks.wandb import WandB
-from ftlit.cli_errors import explain, rows_given
+from ftlit.cli_errors import class_of, explain, rows_given
 from ftlit.data import classification, datamodules, formats, preferences, prompts
 from ftlit.data.templating import terminal_marks
 from ftlit.errors import ConfigError
@@ -38,9 +38,11 @@ from ftlit.export.opening import read_checkpoint
 from ftlit.files import write_text
 from ftlit.objectives import advantages, dpo, policy_gradient, preference_sums, reference_free, sft
 from ftlit.objectives import reward as reward_objectives
+from ftlit.peft import Full
 from ftlit.rollout import generator
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
+from ftlit.stages.rates import default_rate
 from ftlit.stages.signals import StopRequest, exit_status, restarted
 
 RUN_VARIABLE = "FTLIT_RUN"
@@ -97,6 +99,30 @@ class Parser(LightningArgumentParser):
     @override
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         return super().parse_args(None if args is None else with_null(args), *more, **options)
+
+    @override
+    def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
+        return super().dump(with_rate(namespace), *more, **options)
+
+
+def with_rate(config: Namespace) -> Namespace:
+    """A config with the rate that a run of it trains with, where it names none.
+
+    Args:
+        config: A whole config, or a part without a stage, which is returned as it is.
+    """
+    model = config.get("model")
+    settings = model.get("init_args") if isinstance(model, Namespace) else None
+    if not isinstance(settings, Namespace) or settings.get("lr", 0) is not None:
+        return config
+    strategy = settings.get("peft")
+    named = strategy.get("class_path") if isinstance(strategy, Namespace) else None
+    stage, kind = class_of(model.class_path), Full if named is None else class_of(named)
+    if stage is None or kind is None:
+        return config
+    config = config.clone()
+    config.model.init_args.lr = default_rate(stage, kind).value
+    return config
 
 
 def with_null(args: Sequence[str]) -> list[str]:

@@ -288,7 +288,8 @@ def _keys(parser: Any) -> list[str]:
     return [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
 
 
-def _import(path: str) -> Any:
+def class_of(path: str) -> Any:
+    """What an import path names; None where there is no such thing."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -309,7 +310,7 @@ def _own_class(class_path: str, base: str) -> str:
         return f"{Path(error.filename or module).name}, line {error.lineno}: {error.msg}."
     except Exception as error:  # whatever a file of one's own does when it is imported
         return f"{module} cannot be imported: {type(error).__name__}: {error}."
-    cls, kind = getattr(found, name, None), _import(base)
+    cls, kind = getattr(found, name, None), class_of(base)
     if cls is None:
         own = [key for key, value in vars(found).items() if isinstance(value, type) and value.__module__ == module]
         return f"{module} has no {name}: {nearest(name, own)}"
@@ -323,7 +324,7 @@ def _own_class(class_path: str, base: str) -> str:
 
 
 def _arguments(class_path: str) -> list[str]:
-    cls = _import(class_path)
+    cls = class_of(class_path)
     if cls is None:
         return []
     parser = ArgumentParser(exit_on_error=False)
@@ -332,7 +333,7 @@ def _arguments(class_path: str) -> list[str]:
 
 
 def _subclasses(class_path: str) -> list[str]:
-    base, found = _import(class_path), set()
+    base, found = class_of(class_path), set()
     todo = [] if base is None else [base]
     while todo:
         for sub in todo.pop().__subclasses__():

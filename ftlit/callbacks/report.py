@@ -87,6 +87,7 @@ class Report(L.Callback):
             f"model      {pl_module.name_of_policy} ({type(lm).__name__}, {total / 1e6:.1f} M weights, {_dtype(lm)})",
             f"strategy   {type(strategy).__name__}: {trained:,} trained ({trained / total:.2%} of the model), "
             f"{changed:,} of its own weights can change ({changed / total:.1%})",
+            f"rate       {pl_module.rate_in_words()}",
             f"memory     about {estimate(pl_module, data) / 1e9:.1f} GB at most",
             f"run        {trainer.default_root_dir}",
         ]

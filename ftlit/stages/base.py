@@ -41,6 +41,7 @@ from ftlit.stages.evaluated import Evaluated
 from ftlit.stages.fsdp import FSDP2
 from ftlit.stages.loops import finish, position
 from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
+from ftlit.stages.rates import Rate, default_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ class Stage(Evaluated):
         policy: The model to train: a hub id, a folder, a GGUF file, or a transformers model built in Python (then set
             `stage.tokenizer`).
         peft: What is trained; every weight when left out.
-        lr: Peak learning rate.
+        lr: Peak learning rate; left out, the default of stage and strategy (`ftlit.stages.rates`).
         weight_decay: AdamW's decay of the trained parameters toward zero; norms and biases are left out.
         decay_all: Decay norms and biases too.
         betas: AdamW's decay rates of the gradient's moments.
@@ -105,7 +106,7 @@ class Stage(Evaluated):
         self,
         policy: str | Any,
         peft: PEFTStrategy | None = None,
-        lr: float = 2e-4,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         decay_all: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -121,6 +122,9 @@ class Stage(Evaluated):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self.strategy = peft or Full()
+        self.rate_used = default_rate(type(self), type(self.strategy)) if lr is None else Rate(lr, "model.lr")
+        lr = self.rate_used.value
         if lr <= 0 or warmup < 0 or not 0 <= min_lr <= 1:
             raise ConfigError(f"lr must be positive, warmup >= 0, min_lr in [0, 1]; got {lr}, {warmup}, {min_lr}.")
         if not 0 < layer_decay <= 1 or decay < 0 or weight_decay < 0 or eps <= 0:
@@ -129,7 +133,6 @@ class Stage(Evaluated):
                 f"got {layer_decay}, {decay}, {weight_decay}, {eps}."
             )
         self._source = (policy,)  # a tuple, so that a model is not registered a second time beside the policy
-        self.strategy = peft or Full()
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.decay_all, self.layer_decay = decay_all, layer_decay
         self.warmup, self.schedule, self.min_lr, self.decay = warmup, schedule, min_lr, decay
@@ -332,6 +335,13 @@ class Stage(Evaluated):
         """What the run consists of, for its summary."""
         examples = data.batch_size * self.accumulate * self.trainer.world_size
         return f"{self.num_steps:,} optimizer steps of {examples} examples"
+
+    def rate_in_words(self) -> str:
+        """What the rate is, and why, for the summary."""
+        if self.make_optimizer is not None:
+            return "that of model.optimizer"
+        shape = "the schedule of model.lr_scheduler" if self.make_scheduler is not None else f"schedule {self.schedule}"
+        return f"{self.lr:g} at its peak ({self.rate_used.why}), {shape}"
 
     def rate(self, total: int) -> Any:
         """The schedule as a function from the optimizer step (0 is the first) to a factor on `lr`."""
