@@ -1,4 +1,6 @@
-"""Stopping a run from outside: SIGTERM, Ctrl-C and SLURM let the optimizer step end, and the run is saved.
+"""Stopping a run from outside: the optimizer step ends and the run is saved.
+
+SIGTERM, Ctrl-C, SIGHUP (the terminal is gone) and SLURM ask for that.
 
 Lightning's own handler calls a collective operation from inside the signal handler, which meets whatever the other
 ranks happen to be doing. Here a handler only takes a note, and the ranks agree at the end of a step.
@@ -10,9 +12,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     import lightning as L
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+if _HANGUP is not None:
+    _NAMES[_HANGUP] = "SIGHUP"
 
 
 class StopRequest:
@@ -35,6 +41,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.names = dict(_NAMES)
+        self._terminals: list[TextIO] = []
         self._requeued_by: int | None = None
 
     def take_over(self, trainer: L.Trainer) -> None:
@@ -52,9 +59,14 @@ class StopRequest:
                 self._install(number)
 
     def install(self) -> None:
-        """Takes over SIGTERM and SIGINT until Lightning gives them back; again: does nothing."""
+        """Takes over SIGTERM, SIGINT and SIGHUP until Lightning gives them back; again: does nothing.
+
+        A SIGHUP that is ignored stays so: the run was started with `nohup` and is to outlive its terminal.
+        """
+        self._terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         for number in self.names:
-            self._install(number)
+            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._install(number)
 
     def _install(self, number: int) -> None:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != self._note:
@@ -68,9 +80,19 @@ class StopRequest:
             signal.raise_signal(number)
             return
         self.signal = StopRequest.last = number
+        if number == _HANGUP:
+            self._leave_terminal()
         more = "" if number == self._requeued_by else "; once more stops at once"
-        with contextlib.suppress(RuntimeError):  # the signal came while something was being printed
+        with contextlib.suppress(RuntimeError, OSError):  # the signal came while something was being printed
             print(f"\n{self.names[signal.Signals(number)]}: stopping after this step{more}.", flush=True)
+
+    def _leave_terminal(self) -> None:
+        """Sends what is printed nowhere: writing to a terminal that is gone is an error."""
+        for stream in self._terminals:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
     def requeue(self) -> None:
         """Puts the job back into SLURM's queue, where that is what was asked for; one process does it for all."""
@@ -94,5 +116,5 @@ def restarted() -> bool:
 
 
 def exit_status(number: int | None) -> int:
-    """What a process that was stopped by a signal exits with: 143 for SIGTERM, 130 for Ctrl-C."""
+    """What a process that was stopped by a signal exits with: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP."""
     return 128 + (signal.SIGTERM if number is None else number)
