@@ -6,16 +6,19 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftlit.data.arrow import ArrowRows, notes_of
 from ftlit.errors import DataError
 
 TEXTS = (".txt", ".md")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", *TEXTS)
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 _PACKED = tuple(suffix for suffix in SUFFIXES if suffix not in (".parquet", ".arrow"))
 
 
@@ -28,6 +31,7 @@ class Table(NamedTuple):
         columns: Every column that a row has.
         lines: The line of the file that each row begins at, where the file has lines.
         is_document: Whether it is one document of raw text.
+        notes: What is to be said of how it is read.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Table(NamedTuple):
     columns: list[str]
     lines: Sequence[int] | None = None
     is_document: bool = False
+    notes: Sequence[str] = ()
 
     def place(self, index: int) -> str:
         """A row as an error names it: counted from 1, with its line where that is another number."""
@@ -99,6 +104,11 @@ def _text(path: Path, name: str) -> str:
     return text
 
 
+# What files call the list of their rows.
+_ROWS = ("data", "rows", "examples", "samples", "records", "instances", "items")
+# Columns by which an object is a row itself.
+_OF_A_ROW = {"messages", "conversations", "instruction", "prompt", "text", "chosen", "answers", "label"}
+
 # ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
@@ -116,18 +126,62 @@ class _JSONRows(Sequence[Mapping[str, Any]]):
 
 
 def _json(text: str, name: str) -> Table:
-    """A JSON array of rows, or a single row; lines of JSON are often called `.json` too."""
+    """A JSON array of rows, an object that has them inside, or a single row; lines of JSON are often `.json` too."""
     try:
-        rows = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise DataError(f"{name} is not valid JSON: {error}.") from None
         return _lines(text, name)
-    rows = rows if isinstance(rows, list) else [rows]
+    rows, notes = (found, []) if isinstance(found, list) else _rows_in(found, name)
     columns: dict[str, None] = {}
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"{name}, row {number}", columns)
-    return Table(name, rows, list(columns))
+    return Table(name, rows, list(columns), notes=notes)
+
+
+def _rows_in(found: Any, name: str) -> tuple[list[Any], list[str]]:
+    """The rows of a JSON object: those that it has under a name for rows, those of a table of pandas, or itself.
+
+    Returns:
+        The rows, and what is to be said of what is left.
+
+    Raises:
+        DataError: If rows of it are cut off.
+    """
+    if not isinstance(found, dict):
+        return [found], []
+    if (rows := _of_pandas(found)) is not None:
+        return rows, []
+    under = [key for key in _ROWS if isinstance(found.get(key), list) and _are_rows(found[key])]
+    if len(under) != 1 or _OF_A_ROW & found.keys():
+        return [found], []
+    rows, left = found[under[0]], [key for key in found if key != under[0]]
+    if rows and all(isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row for row in rows):
+        if cut := next((number for number, row in enumerate(rows, 1) if row.get("truncated_cells")), None):
+            raise DataError(f"{name}, row {cut}: the viewer that wrote it cut cells off; take the data set itself.")
+        rows = [row["row"] for row in rows]
+    beside = f"; not read beside them: {', '.join(left)}" if left else ""
+    return rows, [f"{name}: the rows are those under {under[0]!r}{beside}"]
+
+
+def _are_rows(rows: list[Any]) -> bool:
+    """Whether a list holds objects that are no turns of one conversation."""
+    return all(isinstance(row, dict) and not {"role", "from"} & row.keys() for row in rows)
+
+
+def _of_pandas(found: dict[str, Any]) -> list[Any] | None:
+    """The rows of what pandas writes as `columns`, its default, `index` or `split`; None where it is none of them."""
+    if set(found) == {"columns", "index", "data"} and all(isinstance(value, list) for value in found.values()):
+        return [dict(zip(found["columns"], cells, strict=False)) for cells in found["data"]]
+    inner = list(found.values())
+    if not inner or not all(isinstance(value, dict) and value for value in inner):
+        return None
+    if all(key.isdecimal() for key in found):
+        return inner
+    if all(key.isdecimal() for value in inner for key in value) and len({tuple(value) for value in inner}) == 1:
+        return [{column: cells[key] for column, cells in found.items()} for key in inner[0]]
+    return None
 
 
 def _lines(text: str, name: str) -> Table:
@@ -209,45 +263,13 @@ def _header(cells: list[str], name: str) -> list[str]:
     return columns
 
 
-class ArrowRows(Sequence[Mapping[str, Any]]):
-    """Rows of an Arrow table, a block at a time."""
-
-    BLOCK = 512
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-        self._block, self._rows = -1, list[dict[str, Any]]()
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        block, place = divmod(index, self.BLOCK)
-        if block != self._block:
-            self._rows = [_pruned(row) for row in self._table.slice(block * self.BLOCK, self.BLOCK).to_pylist()]
-            self._block = block
-        return self._rows[place]
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-
-def _pruned(value: Any, depth: int = 0) -> Any:
-    """A value without the nulls that Arrow fills objects inside lists up with."""
-    if isinstance(value, dict):
-        return {key: _pruned(inner, depth + 1) for key, inner in value.items() if depth == 0 or inner is not None}
-    if isinstance(value, list):
-        return [_pruned(inner, depth + 1) for inner in value]
-    return value
-
-
 def _arrow(path: Path, name: str, suffix: str) -> Table:
     import pyarrow
     from pyarrow import ipc, parquet
 
     try:
         if suffix == ".parquet":
-            table = parquet.ParquetFile(path).read()
+            table = parquet.ParquetFile(path, arrow_extensions_enabled=True).read()
         else:
             source = pyarrow.memory_map(str(path))
             try:
@@ -262,7 +284,20 @@ def _arrow(path: Path, name: str, suffix: str) -> Table:
     if len(set(columns)) < len(columns):
         double = next(column for column in columns if columns.count(column) > 1)
         raise DataError(f"{name} has the column {double!r} twice; rename one.")
-    return Table(name, ArrowRows(table), columns)
+    if index := [column for column in columns if _PANDAS_INDEX.fullmatch(column)]:
+        table = table.drop_columns(index)
+    return arrow_table(table, name)
 
 
-__all__ = ["SUFFIXES", "ArrowRows", "Table", "read_table", "suffix_of"]
+def arrow_table(table: Any, name: str, indices: Any = None) -> Table:
+    """An Arrow table as rows.
+
+    Args:
+        table: The table.
+        name: What to call it in errors.
+        indices: Which rows of it, in their order; all when left out.
+    """
+    return Table(name, ArrowRows(table, indices), table.column_names, notes=notes_of(table.schema, name))
+
+
+__all__ = ["SUFFIXES", "Table", "arrow_table", "read_table", "suffix_of"]

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ from ftlit.data.formats import (
     detect,
     suggest,
 )
-from ftlit.data.reading import SUFFIXES, ArrowRows, Table, read_table, suffix_of
+from ftlit.data.formats.base import noting
+from ftlit.data.reading import SUFFIXES, Table, arrow_table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -66,6 +68,8 @@ class Source:
         self.notes: list[str] = []
         self.answers = answers
         self.tables = self._open(name, prefer)
+        self.notes += [note for table in self.tables for note in table.notes]
+        self._remarks: Counter[str] = Counter()
         self._starts = [0]
         for table in self.tables:
             self._starts.append(self._starts[-1] + len(table.rows))
@@ -102,11 +106,15 @@ class Source:
         """
         number, _ = self._find(index)
         read = self.formats[number]
-        with self.at(index):
+        with self.at(index), noting(self._remarks):
             try:
                 return read(self.row(index)) if self.answers else read.prompt(self.row(index))
             except RowError as error:
                 raise _in_file(error, self._columns[number]) from None
+
+    def remarks(self) -> list[str]:
+        """What the rows read so far leave open, and how many of them."""
+        return [f"{self.name}: {count:,} row{'s' * (count > 1)}: {note}" for note, count in self._remarks.items()]
 
     def answered(self, index: int) -> Record | None:
         """What one row becomes with its last answer; None where it has none."""
@@ -298,8 +306,8 @@ def _no_bars(datasets: Any) -> Iterator[None]:
 def _dataset(data: Any, name: str) -> Table:
     """A `datasets.Dataset` as a table, in the order of its rows."""
     data = data.with_format(None)
-    rows: Any = ArrowRows(data.data.table) if getattr(data, "_indices", None) is None else data
-    return Table(name, rows, list(data.column_names))
+    indices = getattr(data, "_indices", None)
+    return arrow_table(data.data.table, name, None if indices is None else indices.table.column(0))
 
 
 def _first(error: Exception) -> str:

@@ -88,6 +88,8 @@ def tokenize(
     """
     read = _Reading(source, change, skip)
     digests = read.all(quiet)
+    for remark in source.remarks():
+        _say(remark, quiet)
     if cache and read.characters >= CACHED_FROM:
         examples, refused = _through_cache(read, digests, template, workers, quiet)
     else:

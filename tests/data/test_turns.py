@@ -16,8 +16,9 @@ from ftlit.data.formats import (
     RowError,
     ShareGPT,
 )
-from ftlit.data.formats.base import noting, parsed
+from ftlit.data.formats.base import noting
 from ftlit.data.formats.turns import ROLE_OF, as_turns, turns_of, weight_of_turn
+from ftlit.data.formats.written import parsed
 from ftlit.errors import ConfigError
 
 ASK, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
@@ -315,6 +316,7 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", 
         {"tools": TOOL},
         {"tools": [TOOL["function"]]},
         {"tools": [{**TOOL["function"], "parameters": json.dumps(SCHEMA)}]},
+        {"tools": [{**TOOL["function"], "parameters": {**SCHEMA, "properties": {"a": '{"type": "integer"}'}}}]},
         {"tools": [{"name": "add", "description": "Adds.", "input_schema": SCHEMA}]},
         {"tools": [{"function": TOOL["function"]}]},
         {"functions": [TOOL["function"]]},
@@ -577,3 +579,21 @@ def test_history_as_text():
 @pytest.mark.parametrize("text", ["[1, 2", "{'a': nan}", "[__import__('os')]", "{" * 100_000, "plain", ""])
 def test_text_that_is_neither_json_nor_python_stays_text(text):
     assert parsed(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[{'a': 'x'} {'a': 'y'}]", [{"a": "x"}, {"a": "y"}]),
+        ("[{'a': 'x'}\n {'a': 'y'}]", [{"a": "x"}, {"a": "y"}]),
+        ("['x' 'y']", ["x", "y"]),
+        ("[{'a': array(['x', 'y'], dtype=object), 'b': None}]", [{"a": ["x", "y"], "b": None}]),
+        ("[array([{'a': 1}], dtype=object) array([], dtype=object)]", [[{"a": 1}], []]),
+        ("[{'a': \"it's array(1, dtype=object) ' '\"}]", [{"a": "it's array(1, dtype=object) ' '"}]),
+        ("[('x', True), ('y', -1.5)]", [("x", True), ("y", -1.5)]),
+        ("['x' ... 'y']", "['x' ... 'y']"),
+        ("['x' 'y'", "['x' 'y'"),
+    ],
+)
+def test_what_numpy_prints_is_read_and_never_run_together(text, value):
+    assert parsed(text) == value

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, parsed, text_of, weight_of
+from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of, weight_of
 from ftlit.data.formats.turns import refuse_media, tools_of
+from ftlit.data.formats.written import parsed
 
 
 class Alpaca(RowFormat):

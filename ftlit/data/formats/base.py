@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -220,23 +218,6 @@ def text_of(row: Mapping[str, Any], column: str, *, required: bool = True) -> st
     if not isinstance(value, str) or (required and not value.strip()):
         raise RowError(column, "non-empty text" if required else "text or null", value)
     return value
-
-
-def parsed(value: Any) -> Any:
-    """A list or an object that is given as text: its JSON, or what Python prints of it, as CSV files of pandas have it.
-
-    Anything else, also text that is neither, comes back as it is.
-    """
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return value
 
 
 def weight_of(row: Mapping[str, Any], place: str = "weight") -> float:

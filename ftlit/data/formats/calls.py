@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ftlit.data.formats.base import RowError, note, parsed
+from ftlit.data.formats.base import RowError, note
+from ftlit.data.formats.written import parsed
 
 _TOOLS = "a list of tools, or its JSON text"
 _CALL = "a call with name and arguments, or its JSON text"
 # What the arguments are called: by OpenAI, Llama, Anthropic, LangChain.
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _OUTER = ("id", "type", "index")
+# Keys of a JSON schema that hold schemas by name.
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
@@ -73,16 +76,14 @@ def _function(function: Mapping[str, Any]) -> Mapping[str, Any]:
     """A function's schema, with its parameters as an object and under that name."""
     if function.get("parameters") is None and isinstance(parsed(function.get("input_schema")), Mapping):
         function = {"parameters" if key == "input_schema" else key: v for key, v in function.items() if v is not None}
-    if isinstance(function.get("parameters"), str):
-        function = {**function, "parameters": parsed(function["parameters"])}
     tidy: Mapping[str, Any] = _tidy_schema(function)
     return tidy
 
 
 def _tidy_schema(schema: Any, is_map: bool = False) -> Any:
-    """A JSON schema without the nulls that a table filled its objects up with: no key of a schema can be null.
+    """A JSON schema without the nulls that a table filled its objects up with, and without schemas as text in it.
 
-    Only `default` and `const` can, and are left where nothing else in the object is null.
+    No key of a schema can be null but `default` and `const`, which are left where nothing else in the object is null.
 
     Args:
         schema: The schema.
@@ -101,8 +102,9 @@ def _tidy_schema(schema: Any, is_map: bool = False) -> Any:
         if not is_map and key in ("default", "const", "enum", "examples"):
             tidy[key] = value
         else:
-            names = not is_map and key in ("properties", "patternProperties", "$defs", "definitions")
-            tidy[key] = _tidy_schema(value, names)
+            if is_map or key in _MAPS or key in ("parameters", "items"):
+                value = parsed(value)
+            tidy[key] = _tidy_schema(value, not is_map and key in _MAPS)
     return tidy
 
 

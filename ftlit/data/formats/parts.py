@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ftlit.data.formats.base import RowError, parsed
+from ftlit.data.formats.base import RowError
 from ftlit.data.formats.calls import calls_in
+from ftlit.data.formats.written import parsed
 
 _TEXT = ("text", "input_text", "output_text")
 _REASONING = ("reasoning", "reasoning_content", "thinking")

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, parsed, text_of, weight_of
+from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, text_of, weight_of
 from ftlit.data.formats.calls import calls_in, calls_of, has_nulls, tools_in, tools_of, without_filled
 from ftlit.data.formats.marks import MARKS, weight_of_turn
 from ftlit.data.formats.parts import are_parts, content_of
+from ftlit.data.formats.written import parsed
 from ftlit.errors import ConfigError
 
 CALL = "function_call"
