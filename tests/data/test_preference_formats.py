@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlit.data.formats import Completion, Conversation, Labelled, Message, Pairs, Ranking, detect_preference
+from ftlit.data.formats.asked import shared_text
 from ftlit.data.formats.base import Comparison, RowError
-from ftlit.data.formats.preference import _shared_words
 from ftlit.errors import DataError
 from ftlit.testing import RowFormatSuite
 
@@ -79,7 +79,7 @@ class TestPairs(RowFormatSuite):
         ({"prompt": "Hi?", "chosen": 3, "rejected": "No."}, "chosen"),
         ({"prompt": "Hi?", "chosen": [], "rejected": "No."}, "chosen"),
         ({"prompt": "", "chosen": "Yes.", "rejected": "No."}, "prompt"),
-        ({"prompt": [turn("user", "Hi?"), turn("assistant", "Yes.")], "chosen": "Yes.", "rejected": "No."}, "prompt"),
+        ({"prompt": [turn("user", "Hi?"), turn("assistant", "Well.")], "chosen": "Yes.", "rejected": "No."}, "prompt"),
         ({"chosen": "Yes.", "rejected": "No."}, "prompt"),
         ({"chosen": [turn("assistant", "Yes.")], "rejected": [turn("assistant", "No.")]}, "prompt"),
         ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "margin": -1}, "margin"),
@@ -185,7 +185,7 @@ WORDS = st.lists(st.sampled_from(["a", "ab", "abc", "b", "é", "42"]), min_size=
 def test_shared_words_end_with_a_word(first, second):
     """The prompt and the rests give the texts back, the prompt is whole words of both, and no word more is shared."""
     try:
-        prompt, rests = _shared_words(first, second)
+        prompt, rests = shared_text(first, second)
     except RowError:
         alike = first.split()[0] == second.split()[0]
         assert not alike or min(len(first.split()), len(second.split())) == 1  # a word is left for each
@@ -199,8 +199,8 @@ def test_shared_words_end_with_a_word(first, second):
 
 
 def test_answers_of_which_one_begins_as_the_other():
-    assert _shared_words("Q? Yes", "Q? Yes sir") == ("Q?", [" Yes", " Yes sir"])
-    assert _shared_words("问：好？答：好", "问：好？答：不") == ("问：好？答：", ["好", "不"])
+    assert shared_text("Q? Yes", "Q? Yes sir") == ("Q?", [" Yes", " Yes sir"])
+    assert shared_text("问：好？答：好", "问：好？答：不") == ("问：好？答：", ["好", "不"])
 
 
 RULE, ASKED, SAID, NEXT = (
