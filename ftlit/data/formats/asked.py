@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlit.data.formats.base import Message, RowError, likeliest, text_of
-from ftlit.data.formats.sharegpt import ShareGPT
+from ftlit.data.formats.base import Message, RowError, likeliest, parsed, text_of
 from ftlit.data.formats.turns import turns_of
 
 Turns = tuple[Message, ...]
@@ -74,11 +70,11 @@ def told(row: Mapping[str, Any], column: str) -> Any:
     value = row.get(column)
     if not isinstance(value, str) or not _WRITTEN.match(value):
         return value
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError), warnings.catch_warnings(action="ignore"):
-            found = read(value.strip())
-            turns = [found] if isinstance(found, dict) else found
-            return found if all(_is_turn(turn) for turn in turns) else value
+    with warnings.catch_warnings(action="ignore"):
+        found = parsed(value)
+    if not isinstance(found, str):
+        turns = [found] if isinstance(found, dict) else found
+        return found if all(_is_turn(turn) for turn in turns) else value
     if value.lstrip().startswith("{"):
         return value
     raise RowError(column, "the JSON or Python text of a list of messages (write the table with json.dumps)", value)
@@ -95,18 +91,13 @@ def has(row: Mapping[str, Any], column: str) -> bool:
     return bool(value.strip() if isinstance(value, str) else value)
 
 
-def turns_in(column: str, turns: Any) -> Turns:
-    """Turns with `role` and `content`, or with `from` and `value`.
+def turns_in(row: Mapping[str, Any], column: str, turns: Any) -> Turns:
+    """Turns of a row, which may say in its `tools` what their calls mean.
 
     Raises:
         RowError: If there are none.
     """
-    if isinstance(turns, list | tuple) and turns and isinstance(turns[0], Mapping) and "from" in turns[0]:
-        try:
-            return ShareGPT()({"conversations": turns}).messages
-        except RowError as error:
-            raise RowError(error.column.replace("conversations", column), error.wanted, error.got) from None
-    return turns_of({column: turns}, column)
+    return turns_of({column: turns, "tools": row.get("tools")}, column)
 
 
 def answer_of(row: Mapping[str, Any], column: str) -> Answer:
@@ -126,7 +117,7 @@ def answer_of(row: Mapping[str, Any], column: str) -> Answer:
     empty = isinstance(text, str) and not text.strip() and not last.get("tool_calls")
     if empty and len(turns) == 1:
         return ""
-    answer = turns_in(column, turns[:-1] if empty else turns)
+    answer = turns_in(row, column, turns[:-1] if empty else turns)
     if empty:
         return (*answer, Message("assistant", ""))
     if answer[-1].role != "assistant":
@@ -147,7 +138,7 @@ def history_of(row: Mapping[str, Any]) -> Turns:
     if not isinstance(history, list | tuple):
         raise RowError("history", wanted, history)
     if all(isinstance(turn, Mapping) for turn in history):
-        return turns_in("history", history)
+        return turns_in(row, "history", history)
     turns: list[Message] = []
     for number, pair in enumerate(history):
         texts = pair if isinstance(pair, list | tuple) else ()
@@ -187,20 +178,20 @@ def prompts_of(row: Mapping[str, Any]) -> dict[str, Turns | str]:
     found: dict[str, Turns | str] = {}
     for column in LISTS:
         if has(row, column):
-            found[column] = turns_in(column, told(row, column))
+            found[column] = turns_in(row, column, told(row, column))
     if has(row, "instruction"):
         more = text_of(row, "input", required=False)
         found["instruction"] = (Message("user", text_of(row, "instruction") + (f"\n{more}" if more else "")),)
     prompt = told(row, "prompt")
     if isinstance(prompt, list | tuple | Mapping):
-        found["prompt"] = turns_in("prompt", [prompt] if isinstance(prompt, Mapping) else prompt)
+        found["prompt"] = turns_in(row, "prompt", [prompt] if isinstance(prompt, Mapping) else prompt)
     elif prompt is not None and (has(row, "prompt") or not found):
         found["prompt"] = text_of(row, "prompt")
     for column in QUESTIONS:
         if has(row, column) and not (column == "input" and "instruction" in found):
             asked = told(row, column)
             is_list = isinstance(asked, list | tuple)
-            found[column] = turns_in(column, asked) if is_list else (Message("user", text_of(row, column)),)
+            found[column] = turns_in(row, column, asked) if is_list else (Message("user", text_of(row, column)),)
     return found
 
 

@@ -33,7 +33,7 @@ from ftlit.data.formats.base import (
     number_of,
     weight_of,
 )
-from ftlit.data.formats.turns import tools_of
+from ftlit.data.formats.turns import refuse_media, tools_of, with_tools
 
 # What opens a turn in the texts that chat templates make.
 _TURN = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant)\|>")
@@ -63,7 +63,8 @@ class PreferenceFormat(RowFormat):
             raise no_prompt(row)
         if isinstance(given, str):
             return Completion(given, "")
-        return Conversation(_check_prompt(given), tools_of(row))
+        refuse_media(row)
+        return Conversation(*with_tools(_check_prompt(given), tools_of(row)))
 
     @abstractmethod
     def answers(self, row: Mapping[str, Any]) -> dict[str, Answer]:
@@ -164,6 +165,7 @@ class Labelled(PreferenceFormat):
 
 def comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...], row: Mapping[str, Any]) -> Comparison:
     """Answers with their prompt before each."""
+    refuse_media(row)
     weight = weight_of(row)
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
         if not prompt.strip():
@@ -171,7 +173,7 @@ def comparison(prompt: Prompt, answers: list[Answer], grades: tuple[float, ...],
         texts = tuple(Completion(prompt, str(answer)) for answer in answers)
         return Comparison(texts, grades, weight=weight)
     turns = with_own_system((Message("user", prompt),), row) if isinstance(prompt, str) else prompt or ()
-    given, tools = _check_prompt(turns), tools_of(row)
+    given, tools = with_tools(_check_prompt(turns), tools_of(row))
     whole = []
     for answer in answers:
         turns = (Message("assistant", answer),) if isinstance(answer, str) else answer
