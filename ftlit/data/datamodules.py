@@ -473,6 +473,8 @@ class SFTData(L.LightningDataModule):
             counts.rows = int(taken.sum()) + counts.refused
             counts.read_as, counts.unread = one.source.read_as(), one.source.unread()
             counts.drop(EMPTY, int((taken & (one.split == 0)).sum()))
+            if one.no_system is not None:
+                counts.note("without a system turn, which others have", int((taken & one.no_system).sum()))
             part = self._fitted(key, one, taken, counts)
             counts.measure(part.measures())
             parts.append(part)

@@ -91,7 +91,10 @@ class Source:
     def row(self, index: int) -> Mapping[str, Any]:
         """One row with the format's names of its columns."""
         number, place = self._find(index)
-        row = self.tables[number].rows[place]
+        table = self.tables[number]
+        row = table.rows[place]
+        if len(row) < len(table.columns):  # lines of JSON may leave columns out: a file is read in one way
+            row = {**dict.fromkeys(table.columns), **row}
         if not (renamed := self._columns[number]):
             return row
         taken = set(renamed.values())

@@ -48,6 +48,7 @@ class Tokenized(NamedTuple):
         split: For each row the number of its examples, int32.
         uses_template: Whether a row went through the chat template.
         compares: Whether the rows compare answers; the examples are then the pieces of comparisons.
+        no_system: Which rows are conversations without a system turn, bool `[rows]`; none where no row has one.
     """
 
     source: Source
@@ -57,6 +58,7 @@ class Tokenized(NamedTuple):
     split: np.ndarray
     uses_template: bool
     compares: bool = False
+    no_system: np.ndarray | None = None
 
 
 def tokenize(
@@ -99,7 +101,10 @@ def tokenize(
         raise DataError(f"{source.where(row)}: {refused[row]}")
     refused = {**read.refused, **{row: f"{source.where(row)}: {sentence}" for row, sentence in refused.items()}}
     split = np.bincount(examples.rows, minlength=len(source)).astype(np.int32)
-    return Tokenized(source, examples, digests, dict(sorted(refused.items())), split, read.uses_template, read.compares)
+    refused = dict(sorted(refused.items()))
+    return Tokenized(
+        source, examples, digests, refused, split, read.uses_template, read.compares, read.without_system()
+    )
 
 
 def _through_cache(
@@ -151,6 +156,7 @@ class _Reading:
         self.refused: dict[int, str] = {}
         self.characters = 0
         self.uses_template = self.compares = False
+        self.systems = np.zeros(len(source), np.int8)  # 1: a conversation with a system turn, -1: one without
         self._kept: dict[int, Record] | None = {} if len(source) <= _KEPT_ROWS else None
 
     def _record(self, row: int) -> Record:
@@ -173,7 +179,9 @@ class _Reading:
                 continue
             self.compares = self.compares or isinstance(record, Comparison)
             kind = record.answers[0] if isinstance(record, Comparison) else record
-            self.uses_template = self.uses_template or isinstance(kind, Conversation)
+            if isinstance(kind, Conversation):
+                self.uses_template = True
+                self.systems[row] = 1 if kind.messages and kind.messages[0].role == "system" else -1
             content = f"{type(record).__name__} {tuple(record)!r}".encode(errors="surrogatepass")
             self.characters += len(content)
             digests[row] = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint64)
@@ -181,6 +189,10 @@ class _Reading:
                 self._kept[row] = record
         progress.close()
         return digests
+
+    def without_system(self) -> np.ndarray | None:
+        """Conversations without a system turn, where others have one."""
+        return self.systems < 0 if (self.systems > 0).any() else None
 
     def chunks(self) -> Iterator[list[tuple[int, Record]]]:
         """The records that could be read, some at a time."""

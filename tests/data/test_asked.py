@@ -6,6 +6,10 @@ import pytest
 
 from ftlit.data.formats import Completion, Conversation, Labelled, Message, Pairs, Ranking
 from ftlit.data.formats.base import RowError
+from ftlit.data.preferences import PreferenceData
+from ftlit.data.prompts import PromptData
+from ftlit.data.sources import Source
+from ftlit.testing import tiny_tokenizer
 
 
 def user(text):
@@ -201,3 +205,45 @@ def test_rankings_and_labels_take_whole_conversations_too():
     assert read({"question": "Hi?", "history": [["A", "B"]], "completion": "Yes.", "label": 1}, Labelled)[0] == chat(
         "A", "B", "Hi?"
     )
+
+
+SOME = [
+    {"prompt": "Hi?", **TEXTS},
+    {"prompt": "Ho?", "system": RULE, **TEXTS},
+    {"prompt": "Ha?", "system": " ", **TEXTS},
+]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_file_with_system_turns_in_some_rows_is_read_in_one_way(tmp_path, answers):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SOME))
+    source = Source(str(path), Pairs(), answers=answers)
+    records = [source.record(row) for row in range(3)]
+    turns = [record.answers[0].messages if answers else record.messages for record in records]
+    assert [[message.role for message in one][:2] for one in turns] == [
+        ["user", "assistant"][: 1 + answers], ["system", "user"], ["user", "assistant"][: 1 + answers]
+    ]  # fmt: skip
+
+
+def test_rows_without_a_system_turn_beside_others_are_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "rejected": f"No {i}."}) + "\n" for i, row in enumerate(SOME)))
+    for system, expected in ((None, 2), ("Be brief.", 0)):
+        data = PreferenceData(train=str(path), system=system, cache=False)
+        data.use_tokenizer(tiny_tokenizer())
+        data.load_train()
+        assert data.statistics[0].noted.get("without a system turn, which others have", 0) == expected
+
+
+def test_prompts_for_rewards_have_their_system_turn(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({k: row[k] for k in row if k in ("prompt", "system")}) + "\n" for row in SOME))
+    data = PromptData(train=str(path))
+    data.use_tokenizer(tiny_tokenizer())
+    data.load_train()
+    assert [[message.role for message in row.messages] for row in data.rows["train"]] == [
+        ["user"], ["system", "user"], ["user"]
+    ]  # fmt: skip
+    assert [row.columns["system"] for row in data.rows["train"]] == [None, RULE, " "]
+    assert all(row.plain is None for row in data.rows["train"])
