@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlit.data.formats.base import Message, RowError, likeliest, parsed, text_of
+from ftlit.data.formats.base import Message, RowError, likeliest, text_of
 from ftlit.data.formats.turns import turns_of
+from ftlit.data.formats.written import parsed
 
 Turns = tuple[Message, ...]
 Prompt = Turns | str | None
