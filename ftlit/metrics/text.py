@@ -1,7 +1,7 @@
 """Scores of generated text against a reference. Plain functions: answers are gathered whole from all ranks first.
 
-Words are runs of letters, marks and digits; a Chinese or Japanese character is a word of its own, as those scripts
-write no spaces. Everything works offline.
+Words are runs of letters, marks and digits; a character of a script that writes no spaces (Chinese, Japanese, Thai,
+Lao, Tibetan, Burmese, Khmer) is a word of its own. Everything works offline.
 """
 
 from __future__ import annotations
@@ -13,28 +13,93 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from ftlit.metrics.numbers import plain_numbers
+
 BleuTokenizer = Literal["13a", "zh", "intl", "char"]
 
 # Han with extensions and compatibility forms, kana.
 _WIDE = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _HAN = re.compile(f"[{_WIDE}]")
-_PIECES = re.compile(rf"[{_WIDE}]|[^\s{_WIDE}]+")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Besides them Thai, Lao, Tibetan, Burmese, Khmer.
+_UNSPACED = _WIDE + "\u0e00-\u0e7f\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
+_PIECES = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _PUNCTUATION = frozenset(string.punctuation)
 
+# An article stands before a word of its language: the A of "vitamin A", "A) Paris" and "A or B" is none.
+_ARTICLES = re.compile(rf"\b(?:a|an|the)\b(?=\s+[^\w\s]*[^\W{_UNSPACED}])(?!\s+(?:is|was|or|and|because|since)\b)")
+# What belongs to a number, and what only stands beside it.
+_THOUSANDS = re.compile(
+    r"(?<!\d)(?<!\d[,.'’])(?:\d{1,3}(?:[,'’_]\d{3})+|\d{1,3}(?:,\d{2})+,\d{3})(?!\d|[,'’]\d|\.\d+[.,]\d)"
+)
+_SIGNED = re.compile(r"(?:(?<!\w)-\$?)?(?:(?<!\w)\.)?\d+(?:[^\w\s]+\d+)*(?:e[+-]?\d+(?!\w))?|[a-z][+#]+(?!\w)")
+_BETWEEN = re.compile(r"(?<=\d)[^\w\s]+(?=\d)")
+_JOINS = frozenset("-./:^*+=<>")
+_ZEROS = re.compile(r"(-?\d+)(?:\.0+|(\.\d*?[1-9])0+)")
 
-def normalize(text: str) -> str:
+
+def normalize(text: str, gap: str = "") -> str:
     """Text as SQuAD compares it: lower case, no punctuation, no English articles, single spaces.
 
     Rajpurkar et al. 2016, arXiv:1606.05250, with Unicode's own case folding, compatibility forms and punctuation.
 
+    What makes a number another number stays: its sign, its decimal point, what stands between two numbers (`3-5`,
+    `10:30`, `1/2`). Thousands separators and trailing zeros of a decimal go. So does what follows a letter in C++ and
+    C# stay. An article is one only where a word follows.
+
+    Args:
+        text: The text.
+        gap: What is put in the place of punctuation.
+
     Example:
         >>> normalize("The  Answer: 42!")
         'answer 42'
+        >>> normalize("It's −1,250.50, not 125,050: a B.")
+        'its -1250.5 not 125050 b'
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c for c in folded if c not in _PUNCTUATION and not unicodedata.category(c).startswith("P"))
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    folded = plain_numbers(text).casefold()
+    folded = _ARTICLES.sub(" ", folded)
+    folded = _THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), folded)
+    kept, place = [], 0
+    for found in _SIGNED.finditer(folded):
+        kept += [_without_punctuation(folded[place : found.start()], gap), _number(found[0])]
+        place = found.end()
+    kept.append(_without_punctuation(folded[place:], gap))
+    return " ".join("".join(kept).split())
+
+
+def _without_punctuation(text: str, gap: str) -> str:
+    return "".join(
+        c if c not in _PUNCTUATION and not unicodedata.category(c).startswith("P") else "" if c in "'’" else gap
+        for c in text
+    )
+
+
+def _number(text: str) -> str:
+    """A number, or several that punctuation joins, in the one form that is compared."""
+    text = text.replace("$", "", 1) if text.startswith("-$") else text
+    text = f"0{text}" if text.startswith(".") else text.replace("-.", "-0.", 1) if text.startswith("-.") else text
+    text = _BETWEEN.sub(lambda found: "".join(c for c in found[0] if c in _JOINS) or " ", text.replace("e+", "e"))
+    plain = _ZEROS.fullmatch(text)
+    return text if plain is None else plain[1] + (plain[2] or "")
+
+
+def pieces(text: str) -> list[str]:
+    """The words of a normalized text; a character of a script that writes no spaces is one of its own."""
+    return _PIECES.findall(text)
+
+
+def contains(text: str, part: str) -> bool:
+    """Whether a text holds another, as whole words after `normalize`: 5 is not in 15, nor in -5 or 5.5.
+
+    Words may be joined by punctuation (`answer=Paris`). Where the part is punctuation only, it is sought as written.
+    """
+    if not pieces(normalize(part)):
+        return bool(part.strip()) and part.strip() in text
+    for gap in ("", " "):
+        ours, theirs = pieces(normalize(text, gap)), pieces(normalize(part, gap))
+        if any(ours[place : place + len(theirs)] == theirs for place in range(len(ours) - len(theirs) + 1)):
+            return True
+    return False
 
 
 def words(text: str) -> list[str]:
@@ -63,7 +128,7 @@ def token_f1(answer: str, reference: str) -> float:
 
     Two texts without a word are alike; a text without one and a text with one have nothing in common.
     """
-    ours, theirs = _PIECES.findall(normalize(answer)), _PIECES.findall(normalize(reference))
+    ours, theirs = pieces(normalize(answer)), pieces(normalize(reference))
     if not ours or not theirs:
         return float(ours == theirs)
     return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
@@ -130,4 +195,16 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
-__all__ = ["BleuTokenizer", "bleu", "distinct_n", "exact_match", "normalize", "rouge_l", "rouge_n", "token_f1", "words"]
+__all__ = [
+    "BleuTokenizer",
+    "bleu",
+    "contains",
+    "distinct_n",
+    "exact_match",
+    "normalize",
+    "pieces",
+    "rouge_l",
+    "rouge_n",
+    "token_f1",
+    "words",
+]

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import inspect
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from typing_extensions import override
 
 from ftlit.errors import ConfigError, nearest
-from ftlit.metrics.text import normalize
+from ftlit.metrics.numbers import answer_number
+from ftlit.metrics.text import contains, exact_match
 
 # Who names one of these is called by name.
 _NAMED = ("completions", "completion_ids")
@@ -48,10 +48,11 @@ class Verifier(ABC):
 
 
 class FinalNumber(Verifier):
-    """1 where the last number of the answer is the last number of the reference, as GSM8K is scored.
+    r"""1 where the last number of the answer is the last number of the reference, as GSM8K is scored.
 
-    Cobbe et al. 2021, arXiv:2110.14168: what follows `####` counts where there is such a mark. Thousands separators,
-    currency signs and trailing zeros do not matter.
+    What follows `####` counts where there is such a mark (Cobbe et al. 2021, arXiv:2110.14168), or what is in the last
+    `\boxed{}`. Numbers are compared by value, however they are written: `-$1,234.50`, `−3/4`, `1.5e3`, `2½`; and 50%
+    is 50 as well as 0.5. See `ftlit.metrics.numbers`.
 
     Args:
         column: Column with the reference; the row's own answer when left out.
@@ -62,18 +63,23 @@ class FinalNumber(Verifier):
 
     @override
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        wanted = [final_number(str(value)) for value in column_of(columns, self.column, "FinalNumber")]
-        for place, number in enumerate(wanted):
-            if number is None:
+        scores = []
+        given = column_of(columns, self.column, "FinalNumber")
+        for place, (text, reference) in enumerate(zip(completions, given, strict=True)):
+            wanted, found = answer_number(str(reference)), answer_number(text)
+            if wanted is None:
                 raise ConfigError(
                     f"FinalNumber: column {self.column!r} of answer {place + 1} holds no number "
-                    f"({str(columns[self.column][place])[:60]!r}); name another column."
+                    f"({str(reference)[:60]!r}); name another column."
                 )
-        return [float(final_number(text) == number) for text, number in zip(completions, wanted, strict=True)]
+            scores.append(float(found is not None and found.same(wanted)))
+        return scores
 
 
 class Contains(Verifier):
-    """1 where the answer contains a text, compared in lower case and without punctuation.
+    """1 where the answer contains a text as whole words, compared as `ftlit.metrics.text.normalize` does.
+
+    That is in lower case and without punctuation, but with what makes a number another number: 1.5 is not in 15.
 
     Args:
         text: The text; the content of `column` when left out.
@@ -89,26 +95,37 @@ class Contains(Verifier):
             wanted: Sequence[Any] = [self.text] * len(completions)
         else:
             wanted = column_of(columns, self.column, "Contains")
-        pairs = zip(completions, wanted, strict=True)
-        return [float(f" {normalize(str(part))} " in f" {normalize(text)} ") for text, part in pairs]
+        return [float(contains(text, str(part))) for text, part in zip(completions, wanted, strict=True)]
 
 
-# A minus sign counts where it does not follow a number or a word: "3-5" ends in 5.
-_NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+class ExactMatch(Verifier):
+    """1 where the answer is the reference, as the metric `exact_match` compares them.
+
+    Args:
+        column: Column with the reference; the row's own answer when left out.
+        strict: Whether they are compared as written, but for white space around them.
+    """
+
+    def __init__(self, column: str = "reference", strict: bool = False) -> None:
+        self.column, self.strict = column, strict
+
+    @override
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        wanted = column_of(columns, self.column, "ExactMatch")
+        return [exact_match(text, str(one), self.strict) for text, one in zip(completions, wanted, strict=True)]
 
 
 def final_number(text: str) -> float | None:
-    r"""The last number of a text, or the first after its last `####`; None without one.
+    r"""The last number of a text, or the first after its last `####`, or that in its last box; None without one.
 
     Example:
         >>> final_number("48 + 24 = 72 clips.\n#### 1,072.0 (in all 3 months)")
         1072.0
+        >>> final_number(r"So it is \boxed{-\frac{3}{4}}, not 4.")
+        -0.75
     """
-    _, mark, rest = text.rpartition("####")
-    if mark and (found := _NUMBER.search(rest)):
-        return float(found[0].replace(",", ""))
-    every = _NUMBER.findall(text)
-    return float(every[-1].replace(",", "")) if every else None
+    found = answer_number(text)
+    return None if found is None else found.decimal
 
 
 def column_of(columns: Mapping[str, Sequence[Any]], name: str, verifier: str) -> Sequence[Any]:
@@ -253,6 +270,7 @@ def finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list
 
 __all__ = [
     "Contains",
+    "ExactMatch",
     "FinalNumber",
     "Prompt",
     "Verifier",

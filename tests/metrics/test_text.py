@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.text import rouge_score
 
-from ftlit.metrics.text import bleu, distinct_n, exact_match, normalize, rouge_l, rouge_n, token_f1, words
+from ftlit.metrics.text import bleu, contains, distinct_n, exact_match, normalize, rouge_l, rouge_n, token_f1, words
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,30 @@ from ftlit.metrics.text import bleu, distinct_n, exact_match, normalize, rouge_l
         ("Größe STRASSE straße", "grösse strasse strasse"),
         ("北京，是首都。", "北京是首都"),
         ("ＡＢＣ１２３", "abc123"),
-        ("$1,000.50", "100050"),
+        ("$1,000.50", "1000.5"),
         ("«Ça» – déjà‽", "ça déjà"),
+        # what makes a number another one
+        ("1.5", "1.5"),
+        ("(3.14).", "3.14"),
+        (".5 and -.5", "0.5 and -0.5"),
+        ("5.00 or 1.50", "5 or 1.5"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("−5, –5, -5, -$5 and $-5", "-5 -5 -5 -5 and -5"),
+        ("3-5, 3–5 and $3-$5", "3-5 3-5 and 3-5"),
+        ("10:30, 1/2 and 1½", "10:30 1/2 and 1 1/2"),
+        ("1,2,3", "1 2 3"),
+        ("12,34,567 and 1'234", "1234567 and 1234"),
+        ("1.2e-5, 1.2E+5, 10² and 10^{-2}", "1.2e-5 1.2e5 10^2 and 10^-2"),
+        ("x² m²", "x2 m2"),
+        ("COVID-19, twenty-one, No.5, - 5", "covid19 twentyone no5 5"),
+        # articles that are none
+        ("A", "a"),
+        ("The A", "a"),
+        ("Vitamin A", "vitamin a"),
+        ("A) a cat", "a cat"),
+        ("A or B", "a or b"),
+        ("The", "the"),
+        ("C++, C# and C", "c++ c# and c"),
     ],
 )
 def test_normalize(text, plain):
@@ -55,6 +77,16 @@ def test_words(text, expected):
         ("", "", 1, 1),
         ("", "Paris", 0, 0),
         ("...", "", 1, 0),
+        ("15", "1.5", 0, 0),
+        ("5", "-5", 0, 0),
+        ("314", "3.14", 0, 0),
+        ("$29.00", "29", 1, 0),
+        ("3-5", "35", 0, 0),
+        ("1030", "10:30", 0, 0),
+        ("the", "A", 0, 0),
+        ("(a)", "A", 1, 0),
+        ("Vitamin", "Vitamin A", 0, 0),
+        ("C", "C++", 0, 0),
     ],
 )
 def test_exact_match(answer, reference, loose, strict):
@@ -73,10 +105,45 @@ def test_exact_match(answer, reference, loose, strict):
         ("blue", "", 0),
         ("The blue!", "a BLUE", 1),
         ("我爱北京", "我爱南京", 3 / 4),
+        ("it is 1.5", "it is 15", 2 / 3),
+        ("กรุงเทพ", "กรุงไทย", 5 / 7),
     ],
 )
 def test_token_f1(answer, reference, f1):
     assert token_f1(answer, reference) == pytest.approx(f1, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "inside"),
+    [
+        ("1.5", "15", False),
+        ("15", "1.5", False),
+        ("It costs $1,234.50!", "1234.5", True),
+        ("it is -5", "5", False),
+        ("it is 5", "-5", False),
+        ("it is −5", "-5", True),
+        ("5.5 or 5-7", "5", False),
+        ("x=5", "5", True),
+        ("The answer is A.", "A", True),
+        ("(A) Paris", "A", True),
+        ("This is a tricky one: B", "A", False),
+        ("它是北京。", "北京", True),
+        ("東京タワー", "東京", True),
+        ("กรุงเทพมหานคร", "กรุงเทพ", True),
+        ("我用Python3写", "Python3", True),
+        ("我用Python3写", "Python", False),
+        ("I am Novak.", "Nova", False),
+        ("answer=Paris", "paris", True),
+        ("New-York", "New York", True),
+        ("I can't", "can", False),
+        ("It is C", "C++", False),
+        ("a > b", ">", True),
+        ("anything", "", False),
+        ("", "x", False),
+    ],
+)
+def test_contains(text, part, inside):
+    assert contains(text, part) == inside
 
 
 def test_rouge_by_hand():

@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 
 from ftlit.errors import ConfigError
-from ftlit.rollout.verifiers import Contains, FinalNumber, ask, final_number, resolve, verify
+from ftlit.rollout.verifiers import Contains, ExactMatch, FinalNumber, ask, final_number, resolve, verify
 from ftlit.testing import VerifierSuite
 
 
@@ -12,6 +12,15 @@ class TestFinalNumber(VerifierSuite):
     columns: ClassVar = {"reference": ["3 + 4 = <<3+4=7>>7\n#### 7", "#### 1,234", "minus two: -2"]}
     right = ("So it is 7.", "In all $1234.00!", "It is -2")
     wrong = ("7 is not 8", "1.234", "2")
+
+    def make(self):
+        return FinalNumber()
+
+
+class TestFinalNumberAsItIsWritten(VerifierSuite):
+    columns: ClassVar = {"reference": ["−3/4", "1.5e3", "0.5", r"\boxed{-2}", "#### 7", "2 1/2"]}
+    right = ("-0.75", "1,500", "50%", "so it is – 2, or −2", r"\boxed{7}, not 9", r"2\frac{1}{2}")
+    wrong = ("3/4", "1.5", "50", "2", r"\boxed{9}, not 7", "1/2")
 
     def make(self):
         return FinalNumber()
@@ -33,6 +42,33 @@ class TestContains(VerifierSuite):
 
     def make(self):
         return Contains()
+
+
+class TestContainsNumbersAndChoices(VerifierSuite):
+    columns: ClassVar = {"reference": ["1.5", "-5", "A", "北京", "C++"]}
+    right = ("It is 1.5.", "(−5)", "The answer is A", "它是北京。", "C++, then")
+    wrong = ("15", "5", "a cat", "它是南京。", "C")
+
+    def make(self):
+        return Contains()
+
+
+class TestExactMatch(VerifierSuite):
+    columns: ClassVar = {"reference": ["1.5", "A", "Vitamin A", "the cat", "-5"]}
+    right = ("1.50", "(A)", "vitamin A.", "Cat", "−5")
+    wrong = ("15", "the", "vitamin", "the dog", "5")
+
+    def make(self):
+        return ExactMatch()
+
+
+class TestExactMatchAsWritten(VerifierSuite):
+    columns: ClassVar = {"answer": ["Cat", 5]}
+    right = (" Cat\n", "5")
+    wrong = ("cat", "5.0")
+
+    def make(self):
+        return ExactMatch("answer", strict=True)
 
 
 def shorter(prompts, completions, limit, **columns):
