@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from ftlit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftlit.data.formats import Message
+    from ftlit.data.formats import Conversation, Message
     from ftlit.data.sources import Source
     from ftlit.export.opening import Opened
 
@@ -46,6 +46,16 @@ def _share(text: str) -> float:
     return value
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
 def _device(text: str) -> str:
     import torch
 
@@ -63,6 +73,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=_object,
+        help="values for variables of the chat template as JSON, such as '{\"enable_thinking\": false}'; a run's own "
+        "when left out",
+    )
     parser.add_argument("--system", help="system turn; a run's own when left out, '' for none")
     parser.add_argument("--max_new_tokens", type=_count, default=256, help="most tokens of an answer (default: 256)")
     parser.add_argument(
@@ -122,19 +138,18 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def _turns(opened: Opened, options: argparse.Namespace, turns: Sequence[Message]) -> list[Message]:
-    """Turns with the system turn that was asked for, or that the run was trained with."""
-    from ftlit.data.formats import Message
+def _with_system(opened: Opened, options: argparse.Namespace, asked: Conversation) -> Conversation:
+    """A question with the system turn that was asked for, or that the run was trained with."""
+    from ftlit.data.sources import with_system
 
-    system = opened.system if options.system is None else options.system or None
-    own = bool(turns) and turns[0].role == "system"
-    return [Message("system", system), *turns] if system is not None and not own else list(turns)
+    changed: Any = with_system(asked, opened.system if options.system is None else options.system or None)
+    return changed
 
 
 def _ask(
     opened: Opened,
     options: argparse.Namespace,
-    asked: Sequence[Sequence[Message]],
+    asked: Sequence[Conversation],
     first: int = 0,
     streamer: Any = None,
 ) -> list[str]:
@@ -142,7 +157,8 @@ def _ask(
     from ftlit.data.templating import ChatTemplate
     from ftlit.rollout.generate import generate, seed_of
 
-    template = ChatTemplate(opened.tokenizer)
+    template = ChatTemplate(opened.tokenizer, options=options.chat_template_kwargs)
+    asked = [_with_system(opened, options, one) for one in asked]
     if template.is_assumed and not first:
         print(
             "this model has no chat template, so the plain one is used (### User: ... ### Assistant: ...)",
@@ -152,7 +168,8 @@ def _ask(
         opened.lm,
         opened.strategy,
         opened.tokenizer,
-        [template.prompt_ids(_turns(opened, options, turns)) for turns in asked],
+        # In a chat the model's own answers stand in the prompt, and those may hold anything.
+        [template.prompt_ids(one.messages, one.tools, one.template_kwargs, streamer is None) for one in asked],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -163,14 +180,14 @@ def _ask(
 
 
 class _Asked(NamedTuple):
-    """A question, as it was given and as turns."""
+    """A question, as it was given and as a conversation."""
 
     given: str | list[dict[str, Any]]
-    turns: list[Message]
+    asked: Conversation
 
 
-def _messages(source: Source, index: int) -> Sequence[Message]:
-    """The turns of a row.
+def _conversation(source: Source, index: int) -> Conversation:
+    """The turns of a row, up to its last answer.
 
     Raises:
         ConfigError: If it is no conversation.
@@ -180,12 +197,14 @@ def _messages(source: Source, index: int) -> Sequence[Message]:
     record = source.record(index)
     if not isinstance(record, Conversation):
         raise ConfigError(f"--prompts {source.where(index)}: a question must be a conversation (messages, say).")
-    return record.messages
+    if record.messages[-1].role == "assistant":
+        record = record._replace(messages=record.messages[:-1])
+    return record
 
 
 def _questions(options: argparse.Namespace) -> list[_Asked]:
     """The questions of the command line and of the file."""
-    from ftlit.data.formats import Message
+    from ftlit.data.formats import Conversation, Message
 
     lines, rows = list(options.prompt), []
     if options.prompts:
@@ -195,10 +214,8 @@ def _questions(options: argparse.Namespace) -> list[_Asked]:
 
             source = Source(options.prompts)
             for index in range(len(source)):
-                turns = list(_messages(source, index))
-                if turns[-1].role == "assistant":
-                    turns = turns[:-1]
-                rows.append(_Asked([turn.turn() for turn in turns], turns))
+                asked = _conversation(source, index)
+                rows.append(_Asked([turn.turn() for turn in asked.messages], asked))
         elif not path.is_file():
             raise ConfigError(f"--prompts {path} does not exist.")
         else:
@@ -206,7 +223,7 @@ def _questions(options: argparse.Namespace) -> list[_Asked]:
                 lines += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             except UnicodeDecodeError:
                 raise ConfigError(f"--prompts {path} is not valid UTF-8.") from None
-    return [*(_Asked(line, [Message("user", line)]) for line in lines), *rows]
+    return [*(_Asked(line, Conversation((Message("user", line),))) for line in lines), *rows]
 
 
 def _generate(args: list[str]) -> int:
@@ -231,11 +248,11 @@ def _generate(args: list[str]) -> int:
         file = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else sys.stdout
         for first in range(0, len(questions), options.batch_size):
             part = questions[first : first + options.batch_size]
-            for one, answer in zip(part, _ask(opened, options, [q.turns for q in part], first), strict=True):
+            for one, answer in zip(part, _ask(opened, options, [q.asked for q in part], first), strict=True):
                 if options.json or options.output:
                     line = json.dumps({"prompt": one.given, "answer": answer}, ensure_ascii=False)
                 else:
-                    line = f"> {one.turns[-1].content}\n{answer}\n"
+                    line = f"> {one.asked.messages[-1].content}\n{answer}\n"
                 print(line, file=file, flush=True)
     if options.output:
         print(f"{len(questions)} answers in {options.output}")
@@ -250,7 +267,7 @@ def _chat(args: list[str]) -> int:
     opened = _open(options)
     from transformers import TextStreamer
 
-    from ftlit.data.formats import Message
+    from ftlit.data.formats import Conversation, Message
 
     print("Talk; /new starts over, /quit or Ctrl-D ends.")
     turns: list[Message] = []
@@ -266,7 +283,7 @@ def _chat(args: list[str]) -> int:
         elif question:
             turns.append(Message("user", question))
             streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (answer,) = _ask(opened, options, [turns], len(turns), streamer)
+            (answer,) = _ask(opened, options, [Conversation(tuple(turns))], len(turns), streamer)
             turns.append(Message("assistant", answer))
 
 

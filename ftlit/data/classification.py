@@ -70,7 +70,7 @@ class ClassificationData(SFTData):
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Gives the tokenizer by hand, where there is no trainer."""
-        self._template = LabelTemplate(tokenizer, self.chat_template)
+        self._template = LabelTemplate(tokenizer, self.chat_template, options=self.chat_template_kwargs)
 
     # ---- labels ---------------------------------------------------------------------------------------------------
 

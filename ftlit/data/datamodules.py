@@ -54,6 +54,8 @@ class SFTData(L.LightningDataModule):
             templates put in one of their own.
         chat_template: Jinja template (text or file) to use instead of the tokenizer's, or `plain` for the one that
             models without a template get.
+        chat_template_kwargs: Values for variables of the chat template, such as `{enable_thinking: false}`; what a row
+            says in a column of that name comes first. Whatever uses the run later renders prompts so too.
         train_on: Tokens that are trained: those of every `assistant` turn, of the `last` one, or `all`.
         max_length: Most tokens of an example; longer ones are cut and counted, raw text goes on in a further window.
         truncate: What is cut from a longer example: its `end`, its `start`, or all of it (`drop`).
@@ -88,6 +90,7 @@ class SFTData(L.LightningDataModule):
         fill: dict[str, str] | None = None,
         system: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         train_on: TrainOn = "assistant",
         max_length: int = 1024,
         truncate: Truncate = "end",
@@ -108,7 +111,7 @@ class SFTData(L.LightningDataModule):
         self.validation = validation if isinstance(validation, dict) else {MAIN: validation}
         self.test_file, self.predict_file = test, predict
         self.row_format, self.columns, self.fill, self.system = format, columns or {}, fill or {}, system
-        self.chat_template, self.train_on = chat_template, train_on
+        self.chat_template, self.chat_template_kwargs, self.train_on = chat_template, chat_template_kwargs, train_on
         self.max_length, self.truncate = max_length, truncate
         self.batch_size, self.max_tokens, self.epoch_tokens = batch_size, max_tokens, epoch_tokens
         self.shuffle, self.seed = shuffle, seed
@@ -237,7 +240,7 @@ class SFTData(L.LightningDataModule):
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Gives the tokenizer by hand, where there is no trainer."""
-        self._template = ChatTemplate(tokenizer, self.chat_template, self.train_on)
+        self._template = ChatTemplate(tokenizer, self.chat_template, self.train_on, self.chat_template_kwargs)
 
     def load_train(self) -> None:
         """Reads and tokenizes the training rows, less the share that validation takes.

@@ -48,7 +48,8 @@ class LabelTemplate(ChatTemplate):
         if not isinstance(content, Conversation):
             text = content.text if isinstance(content, Text) else content.prompt + content.completion
             return list(self.tokenizer(text, verbose=False)["input_ids"])
-        return self._tokenize([self.render(content.messages, tools=content.tools).rstrip()])[0]
+        text = self.render(content.messages, tools=content.tools, options=content.template_kwargs)
+        return self._tokenize([text.rstrip()])[0]
 
     def ends(self) -> tuple[list[int], list[int]]:
         """The tokens that the tokenizer puts before and after every text."""

@@ -115,6 +115,7 @@ class PromptData(SFTData):
         fill: Values for placeholders: `{name: Nova}` replaces `{{name}}` in every message.
         system: System turn for conversations that have none.
         chat_template: Jinja template (text or file) to use instead of the tokenizer's, or `plain`.
+        chat_template_kwargs: Values for variables of the chat template, as for `SFTData`.
         max_length: Most tokens of a prompt; longer ones are left out and counted.
         batch_size: Prompts of a rollout: it takes `batch_size x trainer.accumulate_grad_batches x ranks`.
         max_tokens: Most tokens in a micro-batch of the update: bounds memory, changes no result. None: no bound.
@@ -138,6 +139,7 @@ class PromptData(SFTData):
         fill: dict[str, str] | None = None,
         system: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         max_length: int = 512,
         batch_size: int = 32,
         max_tokens: int | None = 4096,
@@ -147,8 +149,8 @@ class PromptData(SFTData):
     ) -> None:
         super().__init__(
             train=train, validation=validation, test=test, format=format, columns=columns, fill=fill, system=system,
-            chat_template=chat_template, max_length=max_length, batch_size=batch_size, max_tokens=max_tokens,
-            shuffle=shuffle, seed=seed, on_bad_row=on_bad_row,
+            chat_template=chat_template, chat_template_kwargs=chat_template_kwargs, max_length=max_length,
+            batch_size=batch_size, max_tokens=max_tokens, shuffle=shuffle, seed=seed, on_bad_row=on_bad_row,
         )  # fmt: skip
         self.rows: dict[str, list[PromptRow]] = {}
         self.lines: dict[str, str] = {}

@@ -16,6 +16,7 @@ from ftlit.data.folders import Splits, choose, configs, read_folder
 from ftlit.data.formats import (
     Comparison,
     Completion,
+    Conversation,
     Message,
     RawText,
     Record,
@@ -26,6 +27,7 @@ from ftlit.data.formats import (
     suggest,
 )
 from ftlit.data.formats.base import noting
+from ftlit.data.formats.turns import template_kwargs_of
 from ftlit.data.reading import SUFFIXES, Table, arrow_table, read_table, suffix_of
 from ftlit.errors import DataError, nearest
 
@@ -111,7 +113,8 @@ class Source:
         read = self.formats[number]
         with self.at(index), noting(self._remarks):
             try:
-                return read(self.row(index)) if self.answers else read.prompt(self.row(index))
+                row = self.row(index)
+                return with_template_kwargs(read(row) if self.answers else read.prompt(row), template_kwargs_of(row))
             except RowError as error:
                 raise _in_file(error, self._columns[number]) from None
 
@@ -123,7 +126,8 @@ class Source:
         """What one row becomes with its last answer; None where it has none."""
         number, _ = self._find(index)
         try:
-            return self.formats[number](self.row(index))
+            row = self.row(index)
+            return with_template_kwargs(self.formats[number](row), template_kwargs_of(row))
         except RowError:
             return None
 
@@ -158,7 +162,12 @@ class Source:
         for table, read, renamed in zip(self.tables, self.formats, self._columns, strict=True):
             if not read.columns:
                 continue  # a format that does not say what it reads
-            known = {*read.columns, *read.optional, *(v for v in vars(read).values() if isinstance(v, str))}
+            known = {
+                *read.columns,
+                *read.optional,
+                "chat_template_kwargs",
+                *(v for v in vars(read).values() if isinstance(v, str)),
+            }
             taken = {column for column in renamed.values() if column is not None}
             names.update(dict.fromkeys(c for c in table.columns if c not in taken and c not in known))
         return list(names)
@@ -377,6 +386,15 @@ def with_system(record: Record, system: str | None) -> Record:
         return record
     given = record.given + 1 if record.given else 0
     return record._replace(messages=(Message("system", system), *record.messages), given=given)
+
+
+def with_template_kwargs(record: Record, given: Mapping[str, Any] | None) -> Record:
+    """Gives a conversation values for variables of the chat template."""
+    if given is None:
+        return record
+    if isinstance(record, Comparison):
+        return _each(record, lambda answer: with_template_kwargs(answer, given))
+    return record._replace(template_kwargs=given) if isinstance(record, Conversation) else record
 
 
 def _each(record: Comparison, change: Callable[[Any], Any]) -> Comparison:

@@ -14,15 +14,12 @@ out, say); marks outside the answers, or that leave the end token out, are refus
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-from jinja2 import TemplateError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ftlit.batch import Example
+from ftlit.data.cutting import Cut, Cutter
 from ftlit.data.formats.base import (
     Comparison,
     Completion,
@@ -32,7 +29,9 @@ from ftlit.data.formats.base import (
     Text,
     unanswered,
 )
-from ftlit.data.plain import opening_tokens, plain_template
+from ftlit.data.plain import opening_tokens
+from ftlit.data.rendering import Options, Renderer, Tools, choose_template
+from ftlit.data.shown import Shown
 from ftlit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,15 +40,26 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 # What a text is tokenized after, where its first characters would merge with a prompt: the first that does not itself.
 _LEADS = ("", "\n", ".", "a", "0")
-Tools = Sequence[Mapping[str, Any]] | None
 
 
 class _Answer(NamedTuple):
-    """One answer: the tokens that generation is fed, the tokens that follow, and which of those are trained."""
+    """One answer: the tokens that generation is fed, the tokens that follow, and which of those are trained.
+
+    Attributes:
+        before: Tokens of the prompt, from where they were asked for.
+        own: Tokens of the answer, up to its end token.
+        trained: For each of those whether it is trained.
+        text: Prompt and answer up to the end token.
+        end: The end token.
+        apart: Whether the answer would merge with the prompt, and was tokenized by itself.
+    """
 
     before: list[int]
     own: list[int]
     trained: list[bool]
+    text: str
+    end: str
+    apart: bool
 
 
 class ChatTemplate:
@@ -60,78 +70,57 @@ class ChatTemplate:
         template: A Jinja chat template, the path of one, or `plain`, to use instead of the tokenizer's. A tokenizer
             without one gets the plain one.
         train_on: `assistant`: every assistant turn with its end token; `last`: the last one only; `all`: every token.
+        options: Values for variables of the template, such as `{enable_thinking: false}`; those of a row come first.
 
     Raises:
-        ConfigError: If what is given is no template, or there is no end token.
+        ConfigError: If what is given is no template, it reads no variable of that name, or there is no end token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, train_on: TrainOn = "assistant"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        train_on: TrainOn = "assistant",
+        options: Options = None,
     ) -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
-        self.is_assumed = template is None and not tokenizer.chat_template
-        if self.is_assumed or template == "plain":
-            tokenizer.chat_template = plain_template(tokenizer)
-        elif template is not None:
-            tokenizer.chat_template = (
-                Path(template).read_text(encoding="utf-8")
-                if "{" not in template and Path(template).is_file()
-                else template
-            )
-            if "{" not in tokenizer.chat_template:
-                raise ConfigError(
-                    f"data.chat_template {template!r} is neither a file nor a Jinja template, nor the word plain."
-                )
+        self.is_assumed = choose_template(tokenizer, template, options)
         added = tokenizer.added_tokens_decoder
         self._special = set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
         self._opening: list[int] | None = None
+        self.renderer = Renderer(tokenizer)
+        self._shown = Shown(self.renderer)
+        self._cut = Cutter(self.renderer, tokenizer, self._special)
+        self.characters = 0
+        """How many characters were tokenized."""
 
     # ---- text -----------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Tools = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        tools: Tools = None,
+        options: Options = None,
+        texts: bool = True,
+    ) -> str:
         """The text of some messages; with `prompt`, up to where the next answer starts.
 
+        Args:
+            messages: The turns.
+            prompt: Whether an answer is to follow.
+            tools: The tools that the template is handed.
+            options: Variables of the template.
+            texts: Whether the text of each turn must show; else only every part of a turn must, whatever its text: of
+                answers that a model wrote, the template may take out what it does not like.
+
         Raises:
-            DataError: If the template refuses the messages, or does not show the tools.
+            DataError: If the template refuses the messages, or does not show all of what they say.
         """
-        turns = [message.turn() for message in messages]
-        given: Any = [dict(tool) for tool in tools] if tools else None
-        try:
-            text = self.tokenizer.apply_chat_template(turns, given, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise self._refusal(messages, error) from None
-        for tool in tools or ():
-            if (name := _name_of(tool)) and name not in text:
-                raise DataError(
-                    f"the chat template does not show the tool {name!r}; give a data.chat_template that shows tools, "
-                    "or leave them out with data.columns: {tools: null}."
-                )
+        text = self.renderer(messages, tools, prompt=prompt, options=options)
+        self._shown.history(text if texts else None, messages, tools, options, prompt=prompt)
         return text
-
-    @staticmethod
-    def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
-        roles = ", ".join(message.role for message in messages)
-        return DataError(f"the chat template refuses these turns ({roles}): {error}")
-
-    def _marks(self, messages: Sequence[Message], tools: Tools) -> list[tuple[int, int]] | None:
-        """The stretches of the rendered text that the template itself marks as trained; None without such marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        given: Any = [dict(tool) for tool in tools] if tools else None
-        template = self.tokenizer.get_chat_template(None, given)
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            return None
-        try:
-            _, marks = render_jinja_template(
-                conversations=[[message.turn() for message in messages]],
-                tools=given,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise self._refusal(messages, error) from None
-        return [(start, end) for start, end in marks[0] if end > start]
 
     # ---- tokens ---------------------------------------------------------------------------------------------------
 
@@ -140,16 +129,18 @@ class ChatTemplate:
         closed = self.encode(Conversation((Message("user", "Hello"), Message("assistant", "Hello"))))
         return [int(closed[-1].input_ids[-1])]
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """The tokens that generation is fed to answer some messages."""
-        return self._tokenize([self.render(messages, prompt=True, tools=tools)])[0]
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Tools = None, options: Options = None, texts: bool = True
+    ) -> list[int]:
+        """The tokens that generation is fed to answer some messages; see `render`."""
+        return self._tokenize([self.render(messages, prompt=True, tools=tools, options=options, texts=texts)])[0]
 
     def prompt_of(self, record: Record) -> list[int]:
         """The tokens that generation is fed to go on from a record without its answer."""
         if isinstance(record, Comparison):
             record = unanswered(record)
         if isinstance(record, Conversation):
-            return self.prompt_ids(record.messages, record.tools)
+            return self.prompt_ids(record.messages, record.tools, record.template_kwargs)
         return self._opened(record.text if isinstance(record, Text) else record.prompt)
 
     def encode(self, record: Record) -> list[Example]:
@@ -185,7 +176,7 @@ class ChatTemplate:
             else:
                 if any(message.weight not in (0, 1) for message in answer.messages):
                     raise DataError("in rows of preferences a message cannot have a weight of its own.")
-                prompt = self.prompt_ids(answer.messages[: answer.given], answer.tools)
+                prompt = self.prompt_ids(answer.messages[: answer.given], answer.tools, answer.template_kwargs)
                 made = self._conversation(answer) if len(answer.messages) > answer.given else []
             if len(made) > 1 or (made and list(made[0].input_ids[: len(prompt)]) != prompt):
                 raise DataError(
@@ -223,7 +214,8 @@ class ChatTemplate:
         if any(m.weight != 1 for m in messages if m.role != "assistant"):
             raise DataError("with data.train_on=all, only assistant turns can have a weight.")
         if all(messages[i].weight == 1 for i in answers):
-            (ids,) = self._tokenize([self.render(messages, tools=conversation.tools)])
+            text = self.render(messages, tools=conversation.tools, options=conversation.template_kwargs)
+            (ids,) = self._tokenize([text])
             return Example(ids, [0.0] + [1.0] * (len(ids) - 1))
         whole = self._together(conversation, answers, rest=1.0)
         if whole is None:
@@ -294,33 +286,14 @@ class ChatTemplate:
         return self._tokenize([text])[0], ""
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        self.characters += sum(map(len, texts))
         try:
             return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except (TypeError, UnicodeError) as error:
             raise DataError(f"the text cannot be tokenized; is it valid Unicode? ({error})") from None
 
-    def _cut(self, conversation: Conversation, answer: int) -> tuple[str, str]:
-        """The prompt before one answer, and the answer as the template closes it."""
-        messages, tools = conversation.messages, conversation.tools
-        prompt = self.render(messages[:answer], prompt=True, tools=tools)
-        closed = self.render(messages[: answer + 1], tools=tools)
-        if not closed.startswith(prompt):
-            begins = closed[max(0, len(prompt) - 40) : len(prompt)]
-            raise DataError(
-                "the chat template's generation prompt is not how it begins an answer "
-                f"(prompt ends in {prompt[-40:]!r}, the answered text has {begins!r}); "
-                "give a data.chat_template whose add_generation_prompt matches."
-            )
-        text = closed[len(prompt) :]
-        for call in (messages[answer].more or {}).get("tool_calls", ()):
-            if (name := _name_of(call)) and name not in text:
-                raise DataError(
-                    f"the chat template does not show the call of {name!r}; give a data.chat_template that shows calls."
-                )
-        return prompt, text
-
-    def _trained(self, ids: list[int], text: str) -> int:
-        """How many tokens of a closed answer are trained: up to and with its last special token."""
+    def _trained(self, ids: list[int], text: str) -> tuple[int, str]:
+        """How many tokens of a closed answer are trained, up to and with its last special token; and which that is."""
         trained = max((place + 1 for place, token in enumerate(ids) if token in self._special), default=0)
         end = self.tokenizer.convert_ids_to_tokens(ids[trained - 1]) if trained else ""
         if not end or text[text.rfind(end) + len(end) :].strip():
@@ -328,49 +301,71 @@ class ChatTemplate:
                 f"the chat template closes an answer with no end token ({text[-30:]!r}), so the model could not learn "
                 "to stop; give a data.chat_template that does."
             )
-        return trained
+        return trained, str(end)
 
     def _together(self, conversation: Conversation, answers: list[int], rest: float = 0.0) -> Example | None:
         """All answers in one example, or None where that would not be exact for each."""
+        messages, tools, options = conversation.messages, conversation.tools, conversation.template_kwargs
+        self._shown.history(None, messages[: answers[-1]], tools, options, prompt=True)
+        shown = self._shown.answers(messages[: answers[-1] + 1], answers, tools, options)
         ids: list[int] = []
         weights: list[float] = []
-        for number in answers:
-            answer = self._answer(conversation, number)
-            if answer.before[: len(ids)] != ids:
+        last: _Answer | None = None
+        cut: Cut | None = None
+        for number, cut in zip(answers, self._cut(conversation, answers), strict=True):
+            if last is not None and (last.apart or not cut.prompt.startswith(last.text)):
                 return None
-            weight = conversation.messages[number].weight
-            weights += [rest] * (len(answer.before) - len(ids)) + [weight if t else rest for t in answer.trained]
-            ids = answer.before + answer.own
+            shown.check(number, cut.text, cut.thought)
+            answer = self._answer(cut, last, ids)
+            if answer is None:
+                return None
+            weight = messages[number].weight
+            ids += answer.before + answer.own
+            weights += [rest] * len(answer.before) + [weight if trained else rest for trained in answer.trained]
+            last = answer
+        assert cut is not None
+        self._shown.history(cut.prompt, messages[: answers[-1]], tools, options, prompt=True)
         return Example(ids, weights)
 
     def _one(self, conversation: Conversation, number: int) -> Example:
         """One answer with its exact prompt."""
-        answer = self._answer(conversation, number)
-        weight = conversation.messages[number].weight
-        weights = [0.0] * len(answer.before) + [weight if trained else 0.0 for trained in answer.trained]
-        return Example(answer.before + answer.own, weights)
+        example = self._together(conversation, [number])
+        assert example is not None
+        return example
 
-    def _answer(self, conversation: Conversation, number: int) -> _Answer:
-        prompt, text = self._cut(conversation, number)
-        before, whole = self._tokenize([prompt, prompt + text])
-        if whole[: len(before)] != before:  # its first characters would merge with the prompt's last, and generation
-            # cannot undo its prompt
-            own, lead = self._apart(before, text, whole)
+    def _answer(self, cut: Cut, last: _Answer | None, known: list[int]) -> _Answer | None:
+        """The tokens of an answer and its prompt, from where `known` ends; None where they do not go on from `known`.
+
+        A special token divides a text: what stands behind it is tokenized as if nothing but the token came before. So
+        of a long conversation only what is new is tokenized.
+
+        Args:
+            cut: The answer.
+            last: The answer before it, whose end token is the last of `known`.
+            known: Tokens of what stands before.
+        """
+        start, head = (0, "") if last is None else (len(last.text), last.end)
+        prompt = head + cut.prompt[start:]
+        before, whole = self._tokenize([prompt, prompt + cut.text])
+        if last is not None and not (self.tokenizer.is_fast and before[:1] == whole[:1] == known[-1:]):
+            prompt, head = cut.prompt, ""
+            before, whole = self._tokenize([prompt, prompt + cut.text])
+            if before[: len(known)] != known:
+                return None
+        skip = 1 if head else len(known)
+        apart = whole[: len(before)] != before
+        if apart:  # its first characters would merge with the prompt's last, and generation cannot undo its prompt
+            own, lead = self._apart(before, cut.text, whole)
         else:
             own, lead = whole[len(before) :], prompt
-        closed, own = len(own), own[: self._trained(own, text)]
-        marks = self._marks(conversation.messages[: number + 1], conversation.tools)
-        if marks is None:
-            return _Answer(before, own, [True] * len(own))
-        first = not any(message.role == "assistant" for message in conversation.messages[:number])
-        if any(start < len(prompt) and (end > len(prompt) or first) for start, end in marks):
-            raise DataError(
-                "the chat template's {% generation %} marks train more than what follows its generation prompt; "
-                "mend the marks or add_generation_prompt."
-            )
-        marks = [(start - len(prompt), end - len(prompt)) for start, end in marks if start >= len(prompt)]
-        places = [(start - len(lead), end - len(lead)) for start, end in self._places(lead + text)[-closed:]]
-        return _Answer(before, own, self._marked(places[: len(own)], marks))
+        trained, end = self._trained(own, cut.text)
+        closed, own = len(own), own[:trained]
+        text = cut.prompt + cut.text[: cut.text.rfind(end) + len(end)]
+        if cut.marks is None:
+            return _Answer(before[skip:], own, [True] * len(own), text, end, apart)
+        places = [(start - len(lead), stop - len(lead)) for start, stop in self._places(lead + cut.text)[-closed:]]
+        marked = self._marked(own, places[: len(own)], cut.marks)
+        return _Answer(before[skip:], own, marked, text, end, apart)
 
     def _places(self, text: str) -> list[tuple[int, int]]:
         """Where each token lies in a text."""
@@ -380,8 +375,10 @@ class ChatTemplate:
             "offset_mapping"
         ]
 
-    @staticmethod
-    def _marked(places: Sequence[tuple[int, int]], marks: Sequence[tuple[int, int]]) -> list[bool]:
+    def _marked(
+        self, own: Sequence[int], places: Sequence[tuple[int, int]], marks: Sequence[tuple[int, int]]
+    ) -> list[bool]:
+        """Which tokens of an answer the template marks as trained."""
         trained = []
         for start, end in places:
             inside = any(first <= start and end <= last for first, last in marks)
@@ -391,7 +388,8 @@ class ChatTemplate:
                     "exact; put the marks where a special token or a line break is."
                 )
             trained.append(inside)
-        if any(trained) and not trained[-1]:
+        last = max((place for place, inside in enumerate(trained) if inside), default=-1)
+        if last >= 0 and own[last] not in self._special:
             raise DataError(
                 "the chat template's {% generation %} marks leave the end token of an answer out, so the model could "
                 "not learn to stop; put it inside the marks."
@@ -422,13 +420,6 @@ class ChatTemplate:
         return json.dumps(
             [kind, own, tokenizer.special_tokens_map, template, self.train_on, versions], sort_keys=True, default=str
         )
-
-
-def _name_of(tool: Mapping[str, Any]) -> str:
-    """The name of a tool or of a call, `""` where it has none."""
-    inner = tool.get("function")
-    name = inner.get("name") if isinstance(inner, Mapping) else tool.get("name")
-    return name if isinstance(name, str) else ""
 
 
 def terminal_marks() -> tuple[str, str, str]:

@@ -25,7 +25,7 @@ from ftlit.data.store import Examples
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError, DataError
 
-VERSION = 4
+VERSION = 5
 CHUNK = 256
 # Characters from which a source is worth a cache file, and worth starting processes for.
 CACHED_FROM = 1_000_000

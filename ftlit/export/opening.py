@@ -130,10 +130,10 @@ def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     state = {k.removeprefix(prefix): tensor for k, tensor in checkpoint["state_dict"].items() if k.startswith(prefix)}
     _copy(lm, strategy, state, path)
     tokenizer = load_tokenizer(policy, bool(settings.get("trust_remote_code")))
-    if data.get("chat_template") or not tokenizer.chat_template:
-        from ftlit.data.templating import ChatTemplate
+    if data.get("chat_template") or data.get("chat_template_kwargs") or not tokenizer.chat_template:
+        from ftlit.data.rendering import choose_template
 
-        ChatTemplate(tokenizer, data.get("chat_template"))
+        choose_template(tokenizer, data.get("chat_template"), data.get("chat_template_kwargs"))
     system = data.get("system")
     for key, value in (data.get("fill") or {}).items():
         system = system and system.replace("{{" + key + "}}", value)

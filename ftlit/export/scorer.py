@@ -14,8 +14,9 @@ from typing_extensions import override
 from ftlit.batch import Example, pack
 from ftlit.data.formats import Completion, Conversation, Message, Text
 from ftlit.data.formats.base import RowError
-from ftlit.data.formats.turns import tools_of
+from ftlit.data.formats.turns import template_kwargs_of, tools_of
 from ftlit.data.labels import LabelTemplate, shortened
+from ftlit.data.rendering import wrong_option
 from ftlit.data.sources import with_system
 from ftlit.errors import ConfigError, nearest
 from ftlit.export.opening import Opened, is_run, open_model
@@ -42,11 +43,19 @@ class SequenceScorer:
         max_length: Most tokens of an example; the model's own limit when left out.
         truncate: What a longer one loses: its `start`, or its `end`.
         max_tokens: Most tokens of a micro-batch.
+        strict: Whether every text of a conversation must show, also what the template takes out of answers that it does
+            not like; answers that a model wrote may hold anything.
     """
 
     def __init__(
-        self, opened: Opened, max_length: int | None = None, truncate: str = "start", max_tokens: int = 4096
+        self,
+        opened: Opened,
+        max_length: int | None = None,
+        truncate: str = "start",
+        max_tokens: int = 4096,
+        strict: bool = True,
     ) -> None:
+        self.strict = strict
         self.lm: PreTrainedModel = opened.lm.eval()
         self.template = LabelTemplate(opened.tokenizer)
         self.truncate: Any = truncate
@@ -86,7 +95,9 @@ class SequenceScorer:
         if not isinstance(content, Conversation):
             ids = self.template.tokens(content)
         else:
-            text = self.template.render(content.messages, tools=content.tools)
+            text = self.template.render(
+                content.messages, tools=content.tools, options=content.template_kwargs, texts=self.strict
+            )
             ids = list(self.template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self.max_length is not None and len(ids) > self.max_length:
             self.shortened += 1
@@ -209,7 +220,7 @@ class RewardScorer(Verifier):
         """
         if self._scorer is None:
             opened = open_classifier(self.model, trust_remote_code=self.trust_remote_code)
-            scorer = SequenceScorer(opened, self.max_length, "start", self.max_tokens)
+            scorer = SequenceScorer(opened, self.max_length, "start", self.max_tokens, strict=False)
             self._output, self._system = self._number(scorer.outputs), opened.system
             scorer.lm.to(self._device)
             self._scorer = scorer
@@ -238,13 +249,16 @@ class RewardScorer(Verifier):
             prompts: The turns before each answer (messages, or mappings with role and content), of which the answer
                 becomes the assistant's turn; or a text, which the answer goes on from.
             completions: The answers.
-            columns: `tools`, which the chat template is handed, if there are any; others are not read.
+            columns: `tools`, which the chat template is handed, and `chat_template_kwargs`, of which it is handed what
+                it reads; others are not read.
         """
         if not completions:
             return []
-        scorer, tools = self.scorer, columns.get("tools") or [None] * len(completions)
+        scorer, nothing = self.scorer, [None] * len(completions)
+        tools, options = columns.get("tools") or nothing, columns.get("chat_template_kwargs") or nothing
         contents = [
-            self._content(prompt, text, given) for prompt, text, given in zip(prompts, completions, tools, strict=True)
+            self._content(prompt, text, given, own)
+            for prompt, text, given, own in zip(prompts, completions, tools, options, strict=True)
         ]
         scores = scorer(contents)[:, self._output].tolist()
         if scorer.shortened and not self._told:
@@ -256,7 +270,7 @@ class RewardScorer(Verifier):
             )
         return scores
 
-    def _content(self, prompt: str | Sequence[Any], completion: str, tools: Any) -> Content:
+    def _content(self, prompt: str | Sequence[Any], completion: str, tools: Any, options: Any) -> Content:
         """A prompt with its answer."""
         if isinstance(prompt, str):
             return Completion(prompt, completion)
@@ -265,7 +279,13 @@ class RewardScorer(Verifier):
             given = tools_of({"tools": tools})
         except RowError:  # a column of that name that holds something else
             given = None
-        made: Any = with_system(Conversation((*turns, Message("assistant", completion)), given), self._system)
+        read = {
+            name: value
+            for name, value in (template_kwargs_of({"chat_template_kwargs": options}) or {}).items()
+            if wrong_option(name, self.scorer.template.renderer.template(given)) is None
+        }
+        turns.append(Message("assistant", completion))
+        made: Any = with_system(Conversation(tuple(turns), given, template_kwargs=read or None), self._system)
         return made
 
 

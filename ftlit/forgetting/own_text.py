@@ -172,7 +172,9 @@ class _Author:
                 assert self.template is not None
                 questions = self._continue(prompts, numbers, 0, max(1, self.room // 2))
                 decoded = [self.stage.tokenizer.decode(own, skip_special_tokens=True).strip() for own in questions]
-                prompts = [self.template.prompt_ids([Message("user", str(question))]) for question in decoded]
+                prompts = [
+                    self.template.prompt_ids([Message("user", str(question))], texts=False) for question in decoded
+                ]
         answers = self._continue(prompts, numbers, 1, self.room)
         return [_Text(list(prompt), own) for prompt, own in zip(prompts, answers, strict=True)]
 

@@ -144,14 +144,15 @@ def test_marks_can_leave_an_answer_out():
     assert shown(TWO, marked_template(none)) == []
 
 
+def test_marks_over_the_header_train_nothing_that_generation_is_fed():
+    body = "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    header = "'' if m['role'] == 'assistant' else '<|im_start|>' + m['role'] + '\n'"
+    assert shown(TWO, marked_template(body, header)) == shown(TWO)
+
+
 @pytest.mark.parametrize(
     ("body", "header", "text"),
     [
-        (
-            "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>' }}{% endgeneration %}",
-            "'' if m['role'] == 'assistant' else '<|im_start|>' + m['role'] + '\n'",
-            "train more than what follows its generation prompt",
-        ),
         (
             "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
             "'<|im_start|>' + m['role'] + '\n'",
@@ -163,7 +164,7 @@ def test_marks_can_leave_an_answer_out():
             "cut through a token",
         ),
     ],
-    ids=["header", "end", "token"],
+    ids=["end", "token"],
 )
 def test_marks_that_cannot_be_exact_are_refused(body, header, text):
     with pytest.raises(DataError, match=text):

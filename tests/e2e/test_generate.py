@@ -36,7 +36,7 @@ def test_rows_as_prompts_and_a_file_of_answers(ftlit, tiny_model_folder, rows):
 def test_a_row_keeps_its_system_turn(ftlit, tiny_model_folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "ftlit.data.templating.ChatTemplate.prompt_ids", lambda self, turns: seen.append(list(turns)) or [5, 6]
+        "ftlit.data.templating.ChatTemplate.prompt_ids", lambda self, turns, *more: seen.append(list(turns)) or [5, 6]
     )
     turns = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
     Path("s.jsonl").write_text(json.dumps({"messages": turns}) + "\n")

@@ -44,12 +44,14 @@ class Conversation(NamedTuple):
         tools: The tools that the chat template is handed, if any.
         weight: How much the trained tokens of the row count.
         given: How many of the first messages are given: their answers are not trained.
+        template_kwargs: Values for variables of the chat template, such as `{"enable_thinking": False}`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
     weight: float = 1.0
     given: int = 0
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):

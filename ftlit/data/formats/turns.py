@@ -139,6 +139,22 @@ def _roles() -> str:
     return ", ".join(ROLES)
 
 
+def template_kwargs_of(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `chat_template_kwargs` column: values for variables of the chat template, as an object or its JSON text.
+
+    What is null in it says nothing: tables put a null where another row has a value.
+
+    Raises:
+        RowError: If it holds something else.
+    """
+    given = parsed(row.get("chat_template_kwargs"))
+    if given is None or given == "":
+        return None
+    if not isinstance(given, Mapping):
+        raise RowError("chat_template_kwargs", 'an object such as {"enable_thinking": false}, or its JSON text', given)
+    return {str(name): value for name, value in given.items() if value is not None} or None
+
+
 class _Turns:
     """The messages of one conversation, turn after turn."""
 
@@ -357,6 +373,7 @@ __all__ = [
     "conversation_of",
     "listed",
     "refuse_media",
+    "template_kwargs_of",
     "tools_of",
     "turns_of",
     "weight_of_turn",
