@@ -423,7 +423,7 @@ simple(
     messages_as_text=lambda w: w.row({"messages": "Hi?"}),
     null_messages=lambda w: w.row({"messages": None}),
     missing_column=lambda w: w.row({"text": "Hi."}),
-    message_that_is_no_object=lambda w: w.row({"messages": ["Hi?", "Yes."]}),
+    message_that_is_no_object=lambda w: w.row({"messages": ["Hi?", answer()]}),
     half_a_surrogate=lambda w: w.data("r.jsonl", '{"messages": [{"role": "user", "content": "\\ud800"}, '
                                       '{"role": "assistant", "content": "Yes."}]}\n'),
     Alpaca_without_output=lambda w: w.data("r.json", '[{"instruction": "Hi?", "output": null}]'),

@@ -97,11 +97,21 @@ def test_every_known_role_is_in_small_letters_and_one_of_ours():
         json.dumps([ASK, ANSWER]),
         str([ASK, ANSWER]),
         [json.dumps(ASK), json.dumps(ANSWER)],
+        ["Hi?", "Yes."],
     ],
 )
 def test_one_conversation_in_many_shapes(turns):
     assert Messages()({"messages": turns}).messages == (USER, BOT)
     assert ShareGPT()({"conversations": turns}).messages == (USER, BOT)
+
+
+def test_texts_without_roles_are_noted_and_must_be_pairs():
+    with noting(notes := Counter()):
+        assert [m.role for m in read("a", "b", "c", "d").messages] == ["user", "assistant"] * 2
+    assert list(notes) == ["turns without a role are read as a user's and an assistant's, one after the other"]
+    for turns in (["a"], ["a", "b", "c"], ["a", ANSWER]):
+        with pytest.raises(RowError, match=r"'messages\[0\]' must hold an object with role and content, got 'a'"):
+            read(*turns)
 
 
 def test_texts_that_differ_in_one_turn_are_refused():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, text_of, weight_of
+from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, note, text_of, weight_of
 from ftlit.data.formats.calls import calls_in, calls_of, has_nulls, tools_in, tools_of, without_filled
 from ftlit.data.formats.marks import MARKS, weight_of_turn
 from ftlit.data.formats.parts import are_parts, content_of
@@ -84,7 +84,8 @@ def turns_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str] | Non
 def listed(turns: Any) -> Any:
     """A list of turns that may be given as text, or as an object of lists, as older data sets have it.
 
-    A turn of several speakers, `{"human": ..., "assistant": ...}`, becomes several.
+    A turn of several speakers, `{"human": ..., "assistant": ...}`, becomes several; texts alone, of which the second
+    answers the first and so on, become turns of a user and an assistant.
     """
     turns = parsed(turns)
     if isinstance(turns, Mapping):
@@ -96,7 +97,11 @@ def listed(turns: Any) -> Any:
         turns = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
     if not isinstance(turns, list | tuple):
         return turns
-    return [part for turn in turns for part in _speakers(parsed(turn))]
+    turns = [parsed(turn) for turn in turns]
+    if turns and len(turns) % 2 == 0 and all(isinstance(turn, str) for turn in turns):
+        note("turns without a role are read as a user's and an assistant's, one after the other")
+        return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    return [part for turn in turns for part in _speakers(turn)]
 
 
 def as_turns(value: Any) -> Any:
