@@ -195,7 +195,7 @@ class GenerationEval(L.Callback):
         if unknown:
             line += f"; {unknown:,} rows have no answer of their own to compare with"
         policy = getattr(pl_module, "policy", None)
-        most = getattr(policy.lm.config, "max_position_embeddings", None) if policy is not None else None
+        most = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None) if policy else None
         beyond = sum(len(row.prompt) + room > most for row in self._questions) if most else 0
         if beyond:
             line += f"; {beyond:,} may go beyond the model's {most:,} tokens"

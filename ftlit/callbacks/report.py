@@ -218,7 +218,7 @@ def estimate(stage: Stage, data: Any) -> float:
     lm, strategy = stage.policy.lm, stage.strategy
     weights = sum(p.numel() * p.element_size() for p in stage.parameters())
     states = sum(p.numel() * p.element_size() * 3 for p in stage.parameters() if p.requires_grad)
-    config = lm.config
+    config = lm.config.get_text_config()
     longest = max((len(e.input_ids) for e in getattr(data, "sets", {}).get("train", [])), default=0)
     longest += stage.drawn_tokens
     tokens = max(

@@ -120,7 +120,7 @@ class SequenceScorer:
         if self._policy is not None:
             examples = [Example(row, [0.0] * len(row)) for row in rows]
             return self._policy(rated(pack(examples), range(len(rows))).to(device))
-        pad = self.lm.config.pad_token_id
+        pad = self.lm.config.get_text_config().pad_token_id
         if pad is None:  # transformers takes one at a time then
             return torch.cat([self.lm(input_ids=torch.tensor([row], device=device)).logits for row in rows])
         width = max(map(len, rows))

@@ -53,6 +53,7 @@ def segment_attention(
     is_causal: bool | None = None,
     segments: Segments | None = None,
     prefix_kv: PrefixKV | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each segment (and over its parents' tokens and the prefix), causal unless the layer is not.
@@ -71,6 +72,8 @@ def segment_attention(
         is_causal: Whether tokens see only what is before them; when left out, what the layer's own `is_causal` says.
         segments: Where the examples lie in the row; None takes transformers' own path.
         prefix_kv: Keys and values that every example sees before its first token.
+        s_aux: A score for each head that every token compares its own with and that has no value, `[H]`: a sink
+            (gpt-oss).
         kwargs: Anything else a model passes; what is not known to be harmless is refused.
 
     Returns:
@@ -81,7 +84,8 @@ def segment_attention(
         ValueError: If segments with parents meet a layer that is not causal: a parent would have to see its children.
     """
     if segments is None:
-        return _unpacked(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal, kwargs)
+        more = attention_mask, scaling, dropout, softcap, is_causal, s_aux, kwargs
+        return _unpacked(module, query, key, value, *more)
     strange = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
     if strange:
         raise ConfigError(
@@ -92,7 +96,7 @@ def segment_attention(
     if not causal and any(parent >= 0 for parent in segments.parents):
         raise ValueError("segments with parents need causal attention")
     past = None if prefix_kv is None else prefix_kv[module.layer_idx]  # type: ignore[index]
-    if causal and softcap is None and not dropout and can_tile(query, key, value):
+    if causal and softcap is None and s_aux is None and not dropout and can_tile(query, key, value):
         return tiled_attention(query, key, value, segments, scaling, sliding_window, past), None
     pieces = []
     for first, count in segments.runs():
@@ -107,7 +111,7 @@ def segment_attention(
             k = torch.cat([*(b.expand(count, -1, -1, -1) for b in before_k), k], dim=2)
             v = torch.cat([*(b.expand(count, -1, -1, -1) for b in before_v), v], dim=2)
         mask = _mask(segments, length, k.shape[2] - length, sliding_window, query.device, causal)
-        out = _attend(q, k, v, mask, scaling, dropout, softcap, causal)
+        out = _attend(q, k, v, mask, scaling, dropout, softcap, causal, s_aux)
         pieces.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, d]
     return torch.cat(pieces)[None], None
 
@@ -156,10 +160,11 @@ def _attend(
     dropout: float,
     softcap: float | None,
     causal: bool = True,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One attention call, `[B, H, L, d]`; where there is no mask, causal or over everything."""
     groups = query.shape[1] // key.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         if (
             groups > 1 and mask is not None and query.is_cuda
         ):  # a mask with grouped heads falls back to slow maths there
@@ -176,12 +181,18 @@ def _attend(
         )
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal and mask is None and query.shape[2] > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:  # one more column, of which nothing is taken
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(value.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     return F.dropout(weights, dropout) @ value
 
 
@@ -195,14 +206,17 @@ def _unpacked(
     dropout: float,
     softcap: float | None,
     is_causal: bool | None,
+    sinks: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """What transformers would do; SDPA has no soft-cap, so that case is computed here with the same mask."""
-    if softcap is None:
+    """What transformers would do; SDPA has no soft-cap and no sinks: those are computed here with the same mask."""
+    if softcap is None and sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    return _attend(query, key, value, attention_mask, scaling, dropout, softcap).transpose(1, 2).contiguous(), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = _attend(query, key, value, attention_mask, scaling, dropout, softcap, causal, sinks)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, segment_attention)

@@ -317,7 +317,7 @@ def prepare_classifier(lm: PreTrainedModel) -> None:
     Raises:
         ConfigError: If it is not.
     """
-    lm.config.use_cache = True
+    lm.config.get_text_config().use_cache = True
     use_segment_attention(lm)
     fuse(lm)
     check_head(lm)

@@ -215,7 +215,7 @@ def prepare(lm: PreTrainedModel) -> None:
     Raises:
         ConfigError: If it is not.
     """
-    lm.config.use_cache = True
+    lm.config.get_text_config().use_cache = True
     use_segment_attention(lm)
     fuse(lm)
     check_packing(lm)

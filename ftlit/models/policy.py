@@ -190,7 +190,7 @@ def head_of(lm: PreTrainedModel) -> Head:
     if not isinstance(linear, nn.Linear | LoRALinear):
         kind = "no output layer" if linear is None else f"a {type(linear).__name__} as output layer"
         raise ConfigError(f"{type(lm).__name__} has {kind}; ftlit trains causal language models with a linear one.")
-    config = lm.config
+    config = lm.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale *= float(config.logit_scale)
@@ -206,7 +206,7 @@ def use_segment_attention(lm: PreTrainedModel) -> None:
     Raises:
         ConfigError: If the model has layers whose attention pattern packing does not implement.
     """
-    layers = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    layers = set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layers:
         raise ConfigError(
             f"{type(lm).__name__} has {', '.join(sorted(layers))} layers, which packing does not support."
@@ -222,7 +222,7 @@ def longest_exact(lm: PreTrainedModel) -> int | None:
 
     Dynamic and long-rope position embeddings take their factor from the largest position of the whole row.
     """
-    config = lm.config
+    config = lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     moving = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope")]

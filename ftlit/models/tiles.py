@@ -63,7 +63,7 @@ def tiled_attention(
         past: Keys and values of the prefix, each `[H_kv, P, head_dim]`.
 
     Returns:
-        `[1, T, H, head_dim]`.
+        `[1, T, H, value_dim]`; values may have another width than keys.
     """
     prefix = 0
     keys, values = key[0], value[0]
@@ -203,13 +203,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[_Tile], scaling: float) -> Tensor:
-        heads, tokens, width = query.shape
+        heads, tokens, _ = query.shape
         grouped = query.unflatten(0, (key.shape[0], -1))  # [H_kv, G, T, d]
-        out = query.new_empty(tokens, heads, width)
+        out = query.new_empty(tokens, heads, value.shape[2])
         for start, stop, stretches, bias in tiles:
             rows = (grouped[:, :, start:stop] * scaling).flatten(1, 2)
             weights = _weights(rows, _gather(key, stretches), bias)
-            mixed = torch.bmm(weights, _gather(value, stretches)).view(heads, stop - start, width)
+            mixed = torch.bmm(weights, _gather(value, stretches)).view(heads, stop - start, -1)
             out[start:stop] = mixed.transpose(0, 1)
         ctx.save_for_backward(query, key, value)
         ctx.tiles, ctx.scaling = tiles, scaling
@@ -226,7 +226,7 @@ class _Attention(torch.autograd.Function):
             rows = (grouped[:, :, start:stop] * ctx.scaling).flatten(1, 2)
             keys, values = _gather(key, stretches), _gather(value, stretches)
             weights = _weights(rows, keys, bias)
-            above = grad[start:stop].transpose(0, 1).reshape(rows.shape)
+            above = grad[start:stop].transpose(0, 1).reshape(*rows.shape[:2], -1)
             scores = torch._softmax_backward_data(torch.bmm(above, values.transpose(1, 2)), weights, -1, rows.dtype)
             part = torch.bmm(scores, keys).mul_(ctx.scaling)
             grad_query[:, start:stop] = part.view(heads, stop - start, width)

@@ -131,7 +131,7 @@ def new_head(lm: PreTrainedModel, detached: bool = False) -> ValueHead:
         lm: The policy's model.
         detached: Whether its loss leaves the policy alone.
     """
-    return ValueHead(lm.config.hidden_size, detached, torch.promote_types(lm.dtype, torch.float32))
+    return ValueHead(lm.config.get_text_config().hidden_size, detached, torch.promote_types(lm.dtype, torch.float32))
 
 
 def load_value_model(

@@ -466,8 +466,11 @@ def _swap(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 def _untie(model: PreTrainedModel) -> None:
     """Says in the config of a merged model that its embedding and output layer are no longer one weight."""
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embed.weight:
-        model.config.tie_word_embeddings = False
+    if head is None or head.weight is embed.weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -229,12 +229,15 @@ class _LowRankLinear(torch.autograd.Function):
         low = down.to(dtype) @ flat.t()  # [r, T]
         matrix = (weight.t() if transposed else weight).to(dtype)
         own = flat if dropped is x else x.reshape(flat.shape).to(dtype)
-        out = _add_linear((low.t() @ up.to(dtype).t()).mul_(scale), own, matrix, bias)
+        # No view is returned: models may change the result in place (OLMo clips it), and torch refuses that for a view.
+        out = flat.new_empty(*x.shape[:-1], matrix.shape[0])
+        product = torch.mm(low.t(), up.to(dtype).t(), out=out.view(-1, matrix.shape[0]))
+        _add_linear(product.mul_(scale), own, matrix, bias)
         ctx.save_for_backward(dropped, low, weight, down, up)
         ctx.scale, ctx.transposed, ctx.dtype = scale, transposed, dtype
         ctx.shape, ctx.x_dtype, ctx.same = x.shape, x.dtype, dropped is x
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

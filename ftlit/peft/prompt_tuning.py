@@ -69,7 +69,7 @@ class VirtualTokens(PEFTStrategy):
 
     @override
     def peft_config(self, model: PreTrainedModel) -> dict[str, Any]:
-        config = model.config
+        config = model.config.get_text_config()
         return {
             "peft_type": self.peft_type,
             "num_virtual_tokens": self.num_virtual_tokens,

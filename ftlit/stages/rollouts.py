@@ -119,7 +119,7 @@ class Rollouts:
         assert stage.policy is not None
         rows = getattr(getattr(stage._trainer, "datamodule", None), "rows", {})
         longest = max((len(row.input_ids) for some in rows.values() for row in some), default=0)
-        own = getattr(stage.policy.lm.config, "max_position_embeddings", None)
+        own = getattr(stage.policy.lm.config.get_text_config(), "max_position_embeddings", None)
         limits = [own, stage.policy.longest, getattr(stage.critic, "longest", None)]
         most = min((limit for limit in limits if limit), default=None)
         room = None if most is None else most - longest - getattr(stage.strategy, "num_virtual_tokens", 0)
