@@ -23,6 +23,7 @@ from ftlit.device import peak_memory
 from ftlit.files import write_text
 from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.probe import ForgettingProbe
+from ftlit.models.policy import ignored_loss
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Report(L.Callback):
             f"strategy   {type(strategy).__name__}: {trained:,} trained ({trained / total:.2%} of the model), "
             f"{changed:,} of its own weights can change ({changed / total:.1%})",
             f"rate       {pl_module.rate_in_words()}",
+            *(f"note       {note}" for note in (*strategy.notes(lm), ignored_loss(lm)) if note),
             f"memory     about {estimate(pl_module, data) / 1e9:.1f} GB at most",
             f"run        {trainer.default_root_dir}",
         ]

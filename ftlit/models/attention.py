@@ -63,7 +63,7 @@ def segment_attention(
         query: `[1, H, T, head_dim]`, positions already applied.
         key: `[1, H_kv, T, head_dim]`; heads are grouped when `H_kv < H`.
         value: `[1, H_kv, T, head_dim]`.
-        attention_mask: Used only without segments.
+        attention_mask: Used only without segments; with them it is `packed_mask`.
         scaling: Factor on the scores, `head_dim ** -0.5` when left out.
         dropout: Probability of dropping an attention weight.
         sliding_window: A token sees the last `sliding_window` tokens of its own example, itself included; where
@@ -91,6 +91,11 @@ def segment_attention(
         raise ConfigError(
             f"{type(module).__name__} passes {', '.join(strange)} to its attention, which packed segments do not "
             "implement yet; this model cannot be trained with ftlit."
+        )
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ConfigError(
+            f"{type(module).__name__} makes a mask of its own for its attention, which packed segments do not know; "
+            "this model cannot be trained with ftlit."
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal and any(parent >= 0 for parent in segments.parents):

@@ -266,14 +266,19 @@ class _MLP(_Forward):
         if len(known) < 3 or not full:
             return self.own(x)
         tensors = [tensor for projection, _ in known for tensor in projection]
-        # Flat inside: a model may change the result in place, which torch refuses for a view made in the function.
-        flat = x.reshape(-1, x.shape[-1])
-        return _GatedMLP.apply(flat, self.activation, tuple(scale for _, scale in known), *tensors).view(x.shape)
+        return _GatedMLP.apply(x, self.activation, tuple(scale for _, scale in known), *tensors)
 
 
-def _project(x: Tensor, projection: _Projection, scale: float) -> tuple[Tensor, Tensor | None]:
-    """`x W^T + b + scale * x A^T B^T`, `[T, out]`, and `A x^T`, `[r, T]`."""
-    out = F.linear(x, projection.weight, projection.bias)
+def _project(
+    x: Tensor, projection: _Projection, scale: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`x W^T + b + scale * x A^T B^T`, `[T, out]` (written into `out` where it is given), and `A x^T`, `[r, T]`."""
+    if out is None:
+        out = F.linear(x, projection.weight, projection.bias)
+    elif projection.bias is None:
+        torch.mm(x, projection.weight.t(), out=out)
+    else:
+        torch.addmm(projection.bias, x, projection.weight.t(), out=out)
     if projection.down is None or projection.up is None:
         return out, None
     low = projection.down.to(x.dtype) @ x.t()  # the thin matrix first: with it second, CPU kernels take twice as long
@@ -311,15 +316,18 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, flat: Tensor, activation: str, scales: tuple[float, float, float], *tensors: Tensor | None
+        ctx: Any, x: Tensor, activation: str, scales: tuple[float, float, float], *tensors: Tensor | None
     ) -> Tensor:
         gate_proj, up_proj, down_proj = _split(tensors)
+        flat = x.reshape(-1, x.shape[-1])
         gate, gate_low = _project(flat, gate_proj, scales[0])
         up, up_low = _project(flat, up_proj, scales[1])
         inner = _ACTIVATIONS[activation][0](gate).mul_(up)
-        out, inner_low = _project(inner, down_proj, scales[2])
+        # The result is no view: a model may change it in place, and torch refuses that for a view made in here.
+        out = x.new_empty(*x.shape[:-1], down_proj.weight.shape[0])
+        _, inner_low = _project(inner, down_proj, scales[2], out.view(-1, out.shape[-1]))
         ctx.save_for_backward(flat, gate, up, gate_low, up_low, inner_low, *tensors)
-        ctx.activation, ctx.scales = activation, scales
+        ctx.activation, ctx.scales, ctx.shape = activation, scales, x.shape
         return out
 
     @staticmethod
@@ -329,6 +337,7 @@ class _GatedMLP(torch.autograd.Function):
         wants = ctx.needs_input_grad[3:]
         value, slope = _ACTIVATIONS[ctx.activation][1](gate)
         inner = value * up
+        grad = grad.reshape(-1, grad.shape[-1])
         grad_inner, of_down = _project_backward(
             grad, inner, down_proj, inner_low, ctx.scales[2], wants[8:12], None, True
         )
@@ -342,6 +351,7 @@ class _GatedMLP(torch.autograd.Function):
         grad_x, of_gate = _project_backward(
             grad_gate, flat, gate_proj, gate_low, ctx.scales[0], wants[0:4], grad_x, wants_x
         )
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, None, None, *of_gate, *of_up, *of_down
 
 

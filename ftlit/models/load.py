@@ -56,11 +56,11 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
     Raises:
         ConfigError: If it cannot be found, read or packed.
     """
-    from transformers import AutoModelForCausalLM
-
     with _explained(name):
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        folder = resolve(name)
+        kind = _kind(folder, trust_remote_code)
+        lm, info = kind.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -70,6 +70,49 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bo
         )
     prepare(lm)
     return lm.train()  # from_pretrained leaves it in eval mode, and Lightning would keep that
+
+
+def _kind(name: str, trust_remote_code: bool) -> Any:
+    """The class of transformers that loads it: one that also takes images can be trained on text alone.
+
+    Raises:
+        ConfigError: If its weights are quantized.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    refuse_quantized(config, name)
+    images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Weights that were quantized are no numbers that could be trained, merged or compared.
+
+    Args:
+        config: The model's config.
+        name: The model, for the message.
+
+    Raises:
+        ConfigError: If its weights are quantized.
+    """
+    quantized = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not quantized:
+        return
+    fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    method = getattr(fields.get("quant_method"), "value", fields.get("quant_method")) or "an unknown method"
+    raise ConfigError(
+        f"model {name!r} has quantized weights ({method}), which ftlit cannot train; give the model that it was made "
+        "from, in 16 or 32 bits, or a GGUF file, whose weights are made whole again."
+    )
 
 
 class Classifier(NamedTuple):
@@ -139,6 +182,7 @@ def _classifier_from(
     with _explained(name):
         folder = resolve(name)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        refuse_quantized(config, name)
         _name_outputs(config, labels, name)
         with _no_load_report():
             lm, info = AutoModelForSequenceClassification.from_pretrained(

@@ -20,6 +20,7 @@ from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
 from ftlit.peft.lora_layers import LoRALinear
+from ftlit.peft.parts import experts, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,7 +207,10 @@ def use_segment_attention(lm: PreTrainedModel) -> None:
     Raises:
         ConfigError: If the model has layers whose attention pattern packing does not implement.
     """
-    layers = set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    layers = set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if layers:
         raise ConfigError(
             f"{type(lm).__name__} has {', '.join(sorted(layers))} layers, which packing does not support."
@@ -233,6 +237,17 @@ def longest_exact(lm: PreTrainedModel) -> int | None:
         for kind in moving
     ]
     return int(min(limits)) if limits else None
+
+
+def ignored_loss(lm: PreTrainedModel) -> str | None:
+    """What the model's own loss has besides that of the tokens, in words; None: nothing."""
+    config = lm.config.get_text_config()
+    names = [name for name in vars(config) if re.fullmatch(r"(router_)?(aux|z)_loss_(coef\w*|alpha|weight)", name)]
+    weights = {name: setting(config, name) for name in names}
+    said = [f"{name} {value:g}" for name, value in weights.items() if isinstance(value, int | float) and value]
+    if not said or not experts(lm):
+        return None
+    return f"the loss is that of the tokens alone: the router's own ({', '.join(said)}) is not added"
 
 
 def has_dropout(lm: nn.Module) -> bool:
@@ -262,12 +277,21 @@ def recompute_activations(lm: PreTrainedModel) -> None:
     enable()
 
 
+def _check_causal(lm: PreTrainedModel, ids: Tensor) -> None:
+    """Another last token must change nothing before it."""
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (lm(input_ids=given, use_cache=False).logits[0, :-1] for given in (ids, other))
+    if (first - second).abs().max() > 1e-2 * max(1.0, first.abs().max().item()):
+        raise ConfigError(f"{type(lm).__name__} is no causal language model: its tokens see those that follow.")
+
+
 @torch.no_grad()
 def check_packing(lm: PreTrainedModel) -> None:
     """Runs two tiny examples packed and one at a time through the model's own logits; they must agree.
 
     Catches models that ignore the segments, and output layers that do more than ftlit knows of, before anything is
-    trained on wrong numbers. Costs three forward passes of a few tokens.
+    trained on wrong numbers. Costs five forward passes of a few tokens.
 
     Args:
         lm: The model, attention already switched, no strategy applied.
@@ -281,6 +305,7 @@ def check_packing(lm: PreTrainedModel) -> None:
     batch = pack([Example(row, [0] + [1] * (len(row) - 1)) for row in rows]).to(device)
     was, _ = lm.training, lm.eval()
     try:
+        _check_causal(lm, torch.tensor(rows[1:], device=device))
         packed = score_packed(lm, batch).logps
         singly = []
         for row in rows:

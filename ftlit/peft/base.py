@@ -286,6 +286,10 @@ class PEFTStrategy(ABC):
                 for parameter, value in zip(trained, now, strict=True):
                     parameter.copy_(value)
 
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        """What to say of this model at the start of a run, a line each: what is left as it is, for example."""
+        return []
+
     def lr_factor(self, name: str) -> float:
         """Factor on the learning rate of a trained parameter.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
+from ftlit.peft.parts import beside_text
 from ftlit.peft.selective import SelectiveStrategy
 
 if TYPE_CHECKING:
@@ -13,13 +14,20 @@ if TYPE_CHECKING:
 
 
 class Full(SelectiveStrategy):
-    """Train every weight of the model."""
+    """Train every weight of the model that text runs through."""
 
     trains_base: ClassVar[bool] = True
 
     @override
     def apply(self, model: PreTrainedModel) -> None:
         model.requires_grad_(True)
+        for name in beside_text(model):
+            model.get_submodule(name).requires_grad_(False)
+
+    @override
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        names = beside_text(model)
+        return [f"frozen, as text does not run through it: {', '.join(names)}"] if names else []
 
 
 __all__ = ["Full"]

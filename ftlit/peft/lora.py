@@ -17,7 +17,8 @@ from ftlit.errors import ConfigError
 from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim, move
 from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_copy
 from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
-from ftlit.peft.matching import Names, is_in, layer_of, pattern_key, select, shortest
+from ftlit.peft.matching import Names, endings, is_in, layer_of, pattern_key, select, shortest
+from ftlit.peft.parts import beside_text, experts, is_gate, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,8 @@ class LoRA(PEFTStrategy):
         rank: Rank r of the product (PEFT's `r`).
         alpha: Numerator of the scale `alpha / rank` (PEFT's `lora_alpha`); twice `rank` when left out.
         dropout: Probability of dropping an input of A (embeddings have none). 0 is faster and needs less memory.
-        target_modules: `all-linear` (every linear layer but the output layer), a list of name endings such as
+        target_modules: `all-linear` (every linear layer that text runs through, but the output layer, gates and
+            routers), a list of name endings such as
             `[q_proj, v_proj]`, or one regular expression that whole module names must match. Embeddings and the output
             layer are adapted where they are named: `[q_proj, embed_tokens, lm_head]`.
         exclude_modules: Modules not to adapt, said in the same way.
@@ -116,6 +118,7 @@ class LoRA(PEFTStrategy):
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
         self.modules_to_save, self.bias, self.init = list(modules_to_save or []), bias, init
         self.lr_ratio_b, self.from_adapter = lr_ratio_b, from_adapter
+        self._left_out: dict[str, list[str]] = {}
         expressions = [*self.rank_pattern, *self.alpha_pattern]
         expressions += [one for one in (target_modules, exclude_modules) if isinstance(one, str)]
         for expression in expressions:
@@ -138,6 +141,12 @@ class LoRA(PEFTStrategy):
         """The factor on a module's `B A`."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+
+    @override
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        kinds = {kind: endings(names) for kind, names in self._left_out.items() if names}
+        said = [f"{kind} ({', '.join(names)})" for kind, names in kinds.items()]
+        return [f"all-linear leaves as they are: {'; '.join(said)}"] if said else []
 
     @override
     def lr_factor(self, name: str) -> float:
@@ -180,7 +189,15 @@ class LoRA(PEFTStrategy):
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         kinds = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding)}
         if self.target_modules == "all-linear":
-            found = [n for n, m in kinds.items() if m is not head and not isinstance(m, nn.Embedding)]
+            linear = {n: m for n, m in kinds.items() if m is not head and not isinstance(m, nn.Embedding)}
+            beside = beside_text(model)
+            linear = {name: layer for name, layer in linear.items() if not is_in(name, beside)}
+            found = [name for name, layer in linear.items() if not is_gate(model, layer, self.rank_of(name))]
+            self._left_out = {
+                "gates and routers": [name for name in linear if name not in found],
+                "what text does not run through": beside,
+                "experts": list(experts(model)),
+            }
         else:
             found = _found("target_modules", self.target_modules, list(kinds))
         if self.exclude_modules:
@@ -436,9 +453,8 @@ def _check_module(name: str, module: nn.Module, rank: int) -> None:
             f"LoRA's rank {rank} exceeds the smaller side of {name!r} ({list(weight.shape)}); "
             "choose a smaller rank or other target_modules."
         )
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
     scaled = isinstance(module, nn.Embedding) and isinstance(getattr(module, "embed_scale", None), Tensor)
-    if not (plain or scaled) or getattr(module, "max_norm", None) is not None:
+    if not (is_plain(module) or scaled) or getattr(module, "max_norm", None) is not None:
         raise ConfigError(
             f"LoRA cannot adapt {name!r}: a {type(module).__name__} does more than multiply or look up; exclude it, or "
             "train it whole with modules_to_save."

@@ -43,11 +43,16 @@ def pattern_key(pattern: Mapping[str, T], name: str) -> str | None:
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
+def endings(names: Iterable[str]) -> list[str]:
+    """Names of modules in a few words: without what comes before the number of a layer, each once."""
+    return list(dict.fromkeys(re.sub(r".*\.\d+\.", "", name) for name in names))
+
+
 def shortest(names: Iterable[str], every: Iterable[str]) -> list[str]:
     """The shortest list of name endings that selects exactly `names` among `every`."""
     names = set(names)
-    endings = {name.rsplit(".", 1)[-1] for name in names}
-    return sorted(endings if {n for n in every if n.rsplit(".", 1)[-1] in endings} == names else names)
+    last = {name.rsplit(".", 1)[-1] for name in names}
+    return sorted(last if {n for n in every if n.rsplit(".", 1)[-1] in last} == names else names)
 
 
-__all__ = ["Names", "is_in", "layer_of", "pattern_key", "select", "shortest"]
+__all__ = ["Names", "endings", "is_in", "layer_of", "pattern_key", "select", "shortest"]

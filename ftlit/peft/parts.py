@@ -17,7 +17,7 @@ def setting(config: Any, *names: str) -> Any:
     for name in names:
         try:
             value = getattr(config, name, None)
-        except Exception:  # noqa: BLE001, S112 - transformers raises an error of its own for fields that differ by layer
+        except Exception:
             continue
         if value is not None:
             return value

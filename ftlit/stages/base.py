@@ -300,7 +300,11 @@ class Stage(Evaluated):
         if self.policy is not None:
             for root, child in self.named_children():  # a value model may have another depth
                 lm = getattr(child, "lm", None)
-                layers = int(lm.config.get_text_config().num_hidden_layers) if lm is not None and self.layer_decay != 1 else 0
+                layers = (
+                    int(lm.config.get_text_config().num_hidden_layers)
+                    if lm is not None and self.layer_decay != 1
+                    else 0
+                )
                 own = [name for name in trained if name.startswith(f"{root}.")]
                 factors |= layer_factors(own, layers, self.layer_decay)
         factors = {name: factor * self.lr_factor(name) for name, factor in factors.items()}
