@@ -19,6 +19,9 @@ from ftlit.testing import tiny_tokenizer
 from ftlit.testing.tiny import TOOLS_TEMPLATE
 from tests.shapes import SHAPES
 
+# One process reads all shapes, which writes the table.
+pytestmark = pytest.mark.xdist_group("shapes")
+
 TABLE = Path(__file__).with_name("shapes.md")
 WRITE = bool(os.environ.get("FTLIT_WRITE_TABLE"))
 DATA = {"sft": SFTData, "dpo": PreferenceData, "classification": ClassificationData, "grpo": PromptData}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ftlit.batch import Example
 from ftlit.data.added import AddedRows
-from ftlit.data.formats import Comparison, Conversation, Message, Record, RowFormat, Text, detect
+from ftlit.data.formats import Comparison, Conversation, Message, Record, RowFormat, Text, detect, known_columns
 from ftlit.data.mixing import Mixture
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.plain import opening_tokens
@@ -351,7 +351,7 @@ class SFTData(L.LightningDataModule):
             if file is None:
                 raise ConfigError(f"data.{what} is missing: give a file, a folder, or a hub id.")
             answers = self.needs_answers and what != "predict"
-            wanted: dict[str, Any] = {"answers": answers, "choose": self._choose}
+            wanted: dict[str, Any] = {"answers": answers, "choose": self._choose, "known": self._known}
             sources.append(Source(file, self.row_format, self.columns, prefer, **wanted))
             for note in sources[-1].notes:
                 self._say(note)
@@ -368,6 +368,11 @@ class SFTData(L.LightningDataModule):
     def _choose(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
         """The format that fits some columns."""
         return detect(columns, where, answers=answers)
+
+    @staticmethod
+    def _known(columns: Iterable[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
+        """The columns that have one meaning under other names than the formats': those names to the file's."""
+        return known_columns(columns, row, answers=answers)
 
     def _changed(self, source: Source, record: Record) -> Record:
         record = fill(with_system(record, self.system), self.fill)
@@ -560,7 +565,15 @@ class SFTData(L.LightningDataModule):
 
     def describe(self) -> list[str]:
         """A line of counts for each set of rows, and one for each source where they are mixed."""
-        return [line for counts in self.statistics for line in (counts.line(), *self._shares(counts.name))]
+        lines = [line for counts in self.statistics for line in (counts.line(), *self._shares(counts.name))]
+        return lines + [line for counts in self.statistics for line in self._unread(counts.name)]
+
+    def _unread(self, name: str) -> list[str]:
+        """A line for each source of the training rows that has columns which nothing reads."""
+        if name != "train":
+            return []
+        each = self.sources[name]
+        return [f"{counts.name}: columns not read: {', '.join(counts.unread)}" for counts in each if counts.unread]
 
     def report(self) -> list[str]:
         """The counts as a page: a table of the sources, notes, and the lengths of the training examples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 from ftlit.batch import Example, Pair
 from ftlit.data.comparisons import Comparisons, Lost, Rankings
 from ftlit.data.datamodules import SFTData, shortened
-from ftlit.data.formats import RowFormat, detect_preference
+from ftlit.data.formats import RowFormat, detect_preference, known_columns
 from ftlit.data.plain import opening_tokens
 from ftlit.data.statistics import LONG, Statistics
 from ftlit.data.store import Stored, Truncate
@@ -64,6 +64,11 @@ class PreferenceData(SFTData):
     @override
     def _choose(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
         return detect_preference(columns, where, answers=answers)
+
+    @staticmethod
+    @override
+    def _known(columns: Iterable[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
+        return {} if answers else known_columns(columns, row, answers=False)
 
     @override
     def _cap(self) -> int | None:

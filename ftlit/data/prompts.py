@@ -256,7 +256,7 @@ class PromptData(SFTData):
             turns, ids = as_conversation(record), self.template.prompt_of(record)
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
-        columns = {key: value for key, value in dict(source.row(index)).items() if key not in _TAKEN}
+        columns = {key: value for key, value in {**source.own(index), **source.row(index)}.items() if key not in _TAKEN}
         text = record.prompt if isinstance(record, Completion) else record.text if isinstance(record, Text) else None
         return PromptRow(ids, turns.messages, reference, columns, source, index, text, turns.tools)
 

@@ -24,6 +24,7 @@ from ftlit.data.formats import (
     RowFormat,
     Text,
     detect,
+    known_columns,
     suggest,
 )
 from ftlit.data.formats.base import noting
@@ -49,6 +50,7 @@ class Source:
         prefer: The split to take where the name says none: `train`, `validation` or `test`.
         answers: Whether rows must have an answer.
         choose: Chooses the format from the columns.
+        known: Names the columns that have one meaning under other names than the formats'.
 
     Raises:
         DataError: If there is no such thing, it holds no rows, or it is torn.
@@ -63,9 +65,10 @@ class Source:
         *,
         answers: bool = True,
         choose: Callable[..., RowFormat] = detect,
+        known: Callable[..., Mapping[str, str]] = known_columns,
     ) -> None:
         self.name = name
-        self.choose = choose
+        self.choose, self.known = choose, known
         self.is_sample = name.startswith("sample:")
         self.notes: list[str] = []
         self.answers = answers
@@ -78,6 +81,8 @@ class Source:
         if not len(self):
             raise DataError(f"{name} holds no rows.")
         self._columns = [self._renaming(table, columns or {}) for table in self.tables]
+        if row_format is None:
+            self._columns = [self._with_known(*both) for both in zip(self.tables, self._columns, strict=True)]
         self.formats = [
             self._format(table, row_format, renamed) for table, renamed in zip(self.tables, self._columns, strict=True)
         ]
@@ -92,16 +97,17 @@ class Source:
 
     def row(self, index: int) -> Mapping[str, Any]:
         """One row with the format's names of its columns."""
+        number, _ = self._find(index)
+        return _renamed(self.own(index), self._columns[number])
+
+    def own(self, index: int) -> Mapping[str, Any]:
+        """One row with the columns of its file."""
         number, place = self._find(index)
         table = self.tables[number]
-        row = table.rows[place]
+        row: Mapping[str, Any] = table.rows[place]
         if len(row) < len(table.columns):  # lines of JSON may leave columns out: a file is read in one way
             row = {**dict.fromkeys(table.columns), **row}
-        if not (renamed := self._columns[number]):
-            return row
-        taken = set(renamed.values())
-        left = {key: value for key, value in row.items() if key not in taken and key not in renamed}
-        return {**left, **{name: row.get(column) for name, column in renamed.items() if column is not None}}
+        return row
 
     def record(self, index: int) -> Record:
         """What one row becomes.
@@ -179,9 +185,18 @@ class Source:
     def _format(self, table: Table, given: RowFormat | None, renamed: Mapping[str, str | None]) -> RowFormat:
         if table.is_document:
             return given if isinstance(given, RawText) else RawText()
-        have = [column for column in table.columns if column not in renamed.values() and column not in renamed]
-        have += [name for name, column in renamed.items() if column is not None]
-        return given or self.choose(have, table.name, answers=self.answers)
+        return given or self.choose(_names(table, renamed), table.name, answers=self.answers)
+
+    def _with_known(self, table: Table, renamed: Mapping[str, str | None]) -> dict[str, str | None]:
+        """The renamings of a table, and those of columns that are known by other names, which is said."""
+        if table.is_document or not len(table.rows):
+            return dict(renamed)
+        have = _names(table, renamed)
+        found = self.known(have, _renamed(table.rows[0], renamed), answers=self.answers)
+        if more := {name: column for name, column in found.items() if name not in renamed}:
+            listed = ", ".join(f"{name}: {column}" for name, column in more.items())
+            self.notes.append(f"{table.name}: read with data.columns: {{{listed}}}")
+        return {**renamed, **more}
 
     def _renaming(self, table: Table, columns: Mapping[str, str | None]) -> dict[str, str | None]:
         """The renamings that a table needs: none where it has the format's own name, or fits another format as it is.
@@ -261,6 +276,21 @@ class Source:
             others = ", ".join(f"{name}:{split}" for split in splits if split != chosen)
             files = f"{len(splits[chosen]):,} file{'s' * (len(splits[chosen]) > 1)}"
             self.notes.append(f"{name}: split {chosen} ({files})" + (f"; the others are {others}" if others else ""))
+
+
+def _names(table: Table, renamed: Mapping[str, str | None]) -> list[str]:
+    """The columns of a table as they are called after a renaming."""
+    left = [column for column in table.columns if column not in renamed.values() and column not in renamed]
+    return left + [name for name, column in renamed.items() if column is not None]
+
+
+def _renamed(row: Mapping[str, Any], renamed: Mapping[str, str | None]) -> Mapping[str, Any]:
+    """A row with the format's names of its columns."""
+    if not renamed:
+        return row
+    taken = set(renamed.values())
+    left = {key: value for key, value in row.items() if key not in taken and key not in renamed}
+    return {**left, **{name: row.get(column) for name, column in renamed.items() if column is not None}}
 
 
 def _sample(name: str) -> Path:

@@ -174,7 +174,7 @@ def test_format_follows_from_columns(columns, kind):
 
 KNOWN = (
     "(Messages needs messages; ShareGPT needs conversations; Alpaca needs instruction, output; "
-    "PromptCompletion needs prompt, completion; RawText needs text)"
+    "PromptCompletion needs prompt, completion; FunctionCalls needs query, tools, answers; RawText needs text)"
 )
 
 
@@ -183,9 +183,13 @@ KNOWN = (
     [
         (["output", "instructions"], "instructions, output", ": {instruction: instructions, output: output}"),
         (["question", "answer"], "answer, question", ": {instruction: question, output: answer}"),
-        (["Frage", "id", "Antwort"], "Antwort, Frage, id", ": {instruction: Frage, output: Antwort}"),
+        (
+            ["Frage", "id", "Antwort"],
+            "Antwort, Frage, id",
+            ": {instruction: Frage, output: Antwort} (id would not be read)",
+        ),
         (["dialogue"], "dialogue", ": {messages: dialogue}"),
-        (["content", "url", "n"], "content, n, url", ": {text: content}"),
+        (["content", "url", "n"], "content, n, url", ": {text: content} (n, url would not be read)"),
         (["x", "y"], "x, y", ": {instruction: x, output: y}"),
         (["x", "y", "z"], "x, y, z", ""),
         ([], "(none)", ""),

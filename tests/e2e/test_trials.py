@@ -42,11 +42,11 @@ def test_a_folder_of_mixed_files(ftlit, fit):
     Path("mixed/chat.jsonl").write_text("".join(json.dumps(chat(f"Is it {i}?", "Yes.")) + "\n" for i in range(6)))
     Path("mixed/notes.txt").write_text("The sea is wide and blue. " * 4)
     Path("mixed/README.md").write_text("About these rows.")
-    write_csv("mixed/faq.csv", ["Question", "Answer", "id"], [[f"How is {i}?", f"Fine {i}.", i] for i in range(4)])
+    write_csv("mixed/faq.csv", ["Frage", "Antwort", "id"], [[f"How is {i}?", f"Fine {i}.", i] for i in range(4)])
     alpaca = {"instruction": ["Name it.", "Say it."], "input": ["", "b"], "output": ["a", "b"]}
     parquet.write_table(pyarrow.table(alpaca), "mixed/more/rows.parquet")
     assert fit("mixed") == 1
-    assert "mixed/faq.csv: columns Answer, Question, id fit no known row format" in ftlit.err
+    assert "mixed/faq.csv: columns Antwort, Frage, id fit no known row format" in ftlit.err
     advice = re.search(r"data\.columns: (\{.*?\})", ftlit.err)[1]  # what it says can be typed as it is
     assert fit("mixed", "--data.columns", advice, verb="data") == 0, ftlit.err
     assert "1 of 5 files are not read as rows: README.md" in ftlit.out

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from ftlit.data.formats.aliases import known_columns
 from ftlit.data.formats.alpaca import Alpaca
 from ftlit.data.formats.base import (
     Comparison,
@@ -15,6 +16,7 @@ from ftlit.data.formats.base import (
     likeliest,
     unanswered,
 )
+from ftlit.data.formats.function_calls import FunctionCalls
 from ftlit.data.formats.messages import Messages
 from ftlit.data.formats.preference import Labelled, Pairs, PreferenceFormat, Ranking
 from ftlit.data.formats.prompt_completion import PromptCompletion
@@ -22,7 +24,7 @@ from ftlit.data.formats.raw_text import RawText
 from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.errors import DataError
 
-BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, RawText)
+BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, FunctionCalls, RawText)
 PREFERENCES: tuple[type[PreferenceFormat], ...] = (Pairs, Ranking, Labelled)
 
 # What files call the columns of a question and its answer, likeliest first; only ever used to suggest.
@@ -31,6 +33,7 @@ _ANSWERS = (
     *("answer", "output", "response", "completion", "solution", "target", "reply", "assistant", "label", "chosen"),
     *("antwort", "回答", "答案", "输出"),
 )
+_MORE = {"input": ("context", "input", "passage"), "system": ("system_prompt", "system_message", "system")}
 _LISTS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
 _BETTER = ("better", "preferred", "accepted", "winner", "win", "positive", "chosen_response", "response_chosen")
 _WORSE = ("worse", "dispreferred", "unpreferred", "loser", "lose", "negative", "rejected_response")
@@ -51,6 +54,11 @@ def detect(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFo
         DataError: If none fits; it names the `data.columns` that likely would.
     """
     have = list(columns)
+    if {"text", "role"} <= set(have) and {"parent_id", "message_tree_id"} & set(have):
+        raise DataError(
+            f"{where}: columns {', '.join(sorted(have))} hold one turn a row, of trees of turns; write each "
+            "conversation as one row of messages."
+        )
     for kind in BUILT_IN:
         needed = [name for name in kind.columns if answers or name not in (kind.answer, "completion")]
         if set(needed) <= set(have):
@@ -59,10 +67,18 @@ def detect(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFo
     suggested = suggest(have)
     listed = ", ".join(f"{name}: {column}" for name, column in suggested.items())
     advice = f"Say which is which, such as data.columns: {{{listed}}}" if listed else "Say which is which: data.columns"
+    if listed and (left := sorted(set(have) - {*suggested, *suggested.values()})):
+        advice += f" ({', '.join(left)} would not be read)"
     raise DataError(
         f"{where}: columns {', '.join(sorted(have)) or '(none)'} fit no known row format ({known}). "
         f"{advice}, or give data.format a class of your own."
     )
+
+
+def _named(words: Iterable[str], have: Iterable[str]) -> str:
+    """The column that is called by one of some words, whatever its capitals; empty where none is."""
+    by_fold = {column.casefold(): column for column in have}
+    return next((by_fold[word] for word in words if word in by_fold), "")
 
 
 def detect_preference(columns: Iterable[str], where: str, *, answers: bool = True) -> RowFormat:
@@ -115,7 +131,9 @@ def suggest(columns: Iterable[str]) -> Mapping[str, str]:
     question = likeliest(_QUESTIONS, have)
     answer = likeliest(_ANSWERS, [column for column in have if column != question])
     if question and answer:
-        return {"instruction": question, "output": answer}
+        more = {name: _named(words, have) for name, words in _MORE.items()}
+        more = {name: column for name, column in more.items() if column and column not in (name, question, answer)}
+        return {"instruction": question, "output": answer, **more}
     if found := likeliest(_TEXTS, have):
         return {"text": found}
     if len(have) == 2:
@@ -130,6 +148,7 @@ __all__ = [
     "Comparison",
     "Completion",
     "Conversation",
+    "FunctionCalls",
     "Labelled",
     "Message",
     "Messages",
@@ -145,6 +164,7 @@ __all__ = [
     "Text",
     "detect",
     "detect_preference",
+    "known_columns",
     "suggest",
     "unanswered",
 ]
