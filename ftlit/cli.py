@@ -40,12 +40,14 @@ from ftlit.objectives import advantages, dpo, policy_gradient, preference_sums, 
 from ftlit.objectives import reward as reward_objectives
 from ftlit.peft import Full
 from ftlit.rollout import generator
+from ftlit.run_folder import RunLock, begun_in, origin, remember_origin
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
 from ftlit.stages.rates import default_rate
 from ftlit.stages.signals import StopRequest, exit_status, restarted
 
 RUN_VARIABLE = "FTLIT_RUN"
+BRANCH_VARIABLE = "FTLIT_BRANCHED_FROM"
 
 # Imported, so that their classes are known by short name.
 COMPONENTS = (
@@ -78,16 +80,34 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole config of a run to `config.yaml` in its folder."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes it, once, before anything is trained."""
-        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+        """Nothing yet: a config that cannot be loaded must not take the place of one that could."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes it, once, when all that it names is loaded and before anything is trained."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same, where nothing is validated before."""
+        if self.already_saved or not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
         config = self.config.clone()
         config.ckpt_path = None  # where this process went on from is not a setting of the run
-        write_text(path, self.parser.dump(config, skip_unset=False))
+        text = self.parser.dump(config, skip_unset=False)
+        _keep_earlier(path, text, trainer.ckpt_path)
+        write_text(path, text)
+        branch = origin(path.parent)
         for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
+            logger.log_hyperparams({**yaml.safe_load(text), **({"branched_from": branch} if branch else {})})
         self.already_saved: bool = True
+
+
+def _keep_earlier(path: Path, text: str, checkpoint: Any) -> None:
+    """Keeps the config of a run that goes on with another one, under the step up to which it was trained with."""
+    if checkpoint is None or not path.exists() or path.read_text(encoding="utf-8") == text:
+        return
+    step = read_checkpoint(checkpoint)["global_step"]
+    os.replace(path, path.with_name(f"config-until-step-{step}.yaml"))
 
 
 class Parser(LightningArgumentParser):
@@ -140,6 +160,9 @@ class CLI(LightningCLI):
     """LightningCLI for stages and their data."""
 
     current: LightningArgumentParser | None = None
+    run_given: bool = False
+    """Whether the command line names the run folder."""
+    lock: RunLock | None = None
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand == "data":  # the arguments of a method become a group of its name, and that one is taken
@@ -197,7 +220,13 @@ class CLI(LightningCLI):
         if config.trainer.strategy in ("fsdp", "fsdp2"):
             config.trainer.strategy = Namespace(class_path="ftlit.stages.fsdp.FSDP2", init_args=Namespace())
         if "ckpt_path" in config:
-            config.ckpt_path = _checkpoint(config.ckpt_path, folder, verb)
+            source = os.environ.get(BRANCH_VARIABLE)
+            known = CLI.lock is None or not CLI.lock.is_new
+            config.ckpt_path = _checkpoint(config.ckpt_path, Path(source or folder), verb, known)
+            if source and config.ckpt_path and CLI.lock is not None:
+                step = read_checkpoint(config.ckpt_path)["global_step"]
+                print(f"run        {folder} branches from {source} at step {step}", flush=True)
+                remember_origin(folder, Path(source), step)
 
     @staticmethod
     def _folder(verb: str, config: Namespace) -> Path:
@@ -207,17 +236,25 @@ class CLI(LightningCLI):
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
         if verb == "fit" and rank is not None and not config.run:
             raise ConfigError("several processes were started from outside: give --run, so that all use one folder.")
-        folder = Path(config.run or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if config.get("ckpt_path") and not folder.exists():  # the run was moved since its config.yaml was written
-            moved = [Path(str(file)).parent for file in config.get("config") or []]
-            folder = next((place for place in moved if (place / "checkpoints").is_dir()), folder)
-        if verb == "fit":
-            begun = list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path and not restarted()
-            if rank in (None, "0") and begun:
+        folder = Path(config.run) if config.run else None
+        # A run whose config.yaml was given: it was moved since that was written, or a new run is to branch from it.
+        begun = begun_in(config.get("config") or []) if config.get("ckpt_path") else None
+        if begun is not None and folder is not None and not list(folder.glob("checkpoints/*.ckpt")):
+            if verb == "fit" and CLI.run_given and config.ckpt_path != "auto":
+                os.environ[BRANCH_VARIABLE] = str(begun)
+            elif not folder.exists():
+                folder = begun
+        if verb != "fit":
+            return folder or Path("runs") / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if rank in (None, "0"):
+            if folder and list(folder.glob("checkpoints/*.ckpt")) and not config.ckpt_path and not restarted():
                 raise ConfigError(
                     f"{folder} already holds a run: give another --run, or continue it with --ckpt_path last."
                 )
-            os.environ[RUN_VARIABLE] = str(folder)
+            CLI.lock = RunLock(folder, kind)
+            folder = CLI.lock.folder
+        assert folder is not None  # several processes from outside have been told theirs
+        os.environ[RUN_VARIABLE] = str(folder)
         return folder
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -271,11 +308,17 @@ class CLI(LightningCLI):
             raise ConfigError(f"trainer.callbacks holds {twice} twice: give each a name of its own.") from error
 
 
-def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
+def _checkpoint(asked: str | None, folder: Path, verb: str, known: bool) -> str | None:
     """The checkpoint file behind `--ckpt_path`; other verbs than fit take a run's last by themselves.
 
     `last` wants a run that was begun; `auto` begins one where there is none: what a queue that restarts jobs wants, and
     what a job that SLURM restarted gets by itself.
+
+    Args:
+        asked: What `--ckpt_path` says.
+        folder: The run folder.
+        verb: The verb.
+        known: Whether the folder was there before this command.
     """
     kept = folder / "checkpoints"
     if asked is None and verb == "fit" and restarted():
@@ -286,7 +329,7 @@ def _checkpoint(asked: str | None, folder: Path, verb: str) -> str | None:
         return None
     if asked in ("last", "auto"):
         path = _newest_whole(kept)
-        if path is None and verb == "fit" and (asked == "auto" or folder.is_dir()):
+        if path is None and verb == "fit" and (asked == "auto" or (known and folder.is_dir())):
             print(f"weights    {folder} has no checkpoint yet: the run starts from its beginning", flush=True)
             return None
     else:
@@ -395,6 +438,7 @@ def run(args: list[str]) -> int:
         FtlitError: For whatever the user can mend.
     """
     args = with_null(_torch_first(resolve_all(rows_given(args))))
+    CLI.run_given = any(arg == "--run" or arg.startswith("--run=") for arg in args)
     _quiet()
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}
@@ -424,4 +468,8 @@ def run(args: list[str]) -> int:
         raise ConfigError(" ".join(str(error).split())) from error
     finally:
         os.environ.pop(RUN_VARIABLE, None)
+        os.environ.pop(BRANCH_VARIABLE, None)
+        if CLI.lock is not None:
+            CLI.lock.release()
+            CLI.lock = None
     return 0

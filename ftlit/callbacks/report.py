@@ -25,6 +25,7 @@ from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.probe import ForgettingProbe
 from ftlit.models.policy import ignored_loss
 from ftlit.peft.base import PEFTStrategy
+from ftlit.run_folder import origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,8 +170,10 @@ class Report(L.Callback):
             end |= one.last_values
         for budget in trainer.callbacks:
             end |= budget.last_values if isinstance(budget, ForgettingBudget) else {}
+        branch = origin(Path(trainer.default_root_dir))
         return {
             "model": stage.name_of_policy,
+            **({"branched_from": branch} if branch else {}),
             "strategy": type(stage.strategy).__name__,
             "trained_parameters": trained,
             "changed_parameters": changed,

@@ -101,7 +101,7 @@ def test_a_strategy_in_a_file_of_ones_own(ftlit, rows):
     tiny_tokenizer().save_pretrained("model")
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "class BitFit(" in b]
     more = "\n\nclass Half(PEFTStrategy):\n    def apply(self, model):\n        pass\n\n\nclass Other:\n    pass\n"
-    Path("mine.py").write_text(block + more)
+    Path("mine.py").write_text(f"from ftlit import PEFTStrategy\n{block}{more}")
     Path("torn.py").write_text("x = (")
     Path("name.py").write_text("nothing")
     args = ["fit", "--config", "sft", "--config", "trainer/cpu", "--model.policy", "model", "--data.train", rows]
