@@ -157,6 +157,9 @@ def test_what_no_one_reads_of_a_turn_goes_to_the_template(kind):
         ({"loss_weight": 0.0}, 0),
         ({"loss_weight": 2}, 2),
         ({"loss_scale": 0.0}, 0),
+        ({"masked": True}, 0),
+        ({"masked": False, "train": True}, 1),
+        ({"masked": True, "weight": 0}, 0),
         ({"train": None, "weight": None, "loss": None}, 1),
         ({"train": False, "weight": 0, "loss_mask": 0}, 0),
         ({"train": True, "weight": 0.5}, 0.5),
@@ -183,6 +186,7 @@ def test_marks_of_every_tool_are_read(marks, weight):
             {"trainable": True, "weight": 0.5, "loss_weight": 2},
             "messages[1].loss_weight' must hold what the turn's weight says (0.5), got 2.",
         ),
+        ({"train": True, "masked": True}, "messages[1].masked' must hold what the turn's train says (True), got True."),
         ({"train": "no"}, "messages[1].train' must hold true or false, got 'no'."),
         ({"trainable": 0.5}, "messages[1].trainable' must hold true or false, got 0.5."),
         ({"loss": "no"}, "messages[1].loss' must hold a number of at least 0, got 'no'."),
@@ -196,6 +200,15 @@ def test_marks_of_every_tool_are_read(marks, weight):
 )
 def test_marks_that_contradict_each_other_or_cannot_be_followed_are_refused(marks, said):
     assert f"column '{said}" in refused({**ANSWER, **marks})
+
+
+@pytest.mark.parametrize(
+    ("marks", "noted"), [({"train": True}, 1), ({"loss": 1}, 1), ({"weight": 1}, 0), ({"loss": 0}, 0)]
+)
+def test_marks_of_questions_are_noted_where_they_ask_for_training(marks, noted):
+    with noting(notes := Counter()):
+        read({**ASK, **marks}, {**ANSWER, **marks})
+    assert len(notes) == noted
 
 
 # ---- tools and calls ------------------------------------------------------------------------------------------------
@@ -263,7 +276,7 @@ def test_calls_keep_what_they_say():
     )
 
 
-@pytest.mark.parametrize("arguments", ["", "{}", None, {}, " "])
+@pytest.mark.parametrize("arguments", ["", "{}", None, {}, " ", "null"])
 def test_a_call_without_arguments_has_an_empty_object(arguments):
     turn = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": arguments}}]}
     assert read(ASK, turn).messages[1].more == {"tool_calls": [call("now")]}
@@ -341,7 +354,7 @@ def test_one_tool_in_many_shapes(columns):
         assert alpaca.tools == ((TOOL,) if columns["tools"] else None)
 
 
-@pytest.mark.parametrize("tools", [None, [], "", " ", "[]", {}, "{}"])
+@pytest.mark.parametrize("tools", [None, [], "", " ", "[]", {}, "{}", "null", "None"])
 def test_no_tools_in_many_shapes(tools):
     assert read(ASK, ANSWER, tools=tools).tools is None
 

@@ -49,7 +49,7 @@ def tools_in(value: Any, place: str) -> tuple[Mapping[str, Any], ...] | None:
         RowError: If it holds something else.
     """
     tools = parsed(value)
-    if tools is None or tools in ([], (), {}) or (isinstance(tools, str) and not tools.strip()):
+    if _is_nothing(tools):
         return None
     if isinstance(tools, Mapping):
         tools = [tools]
@@ -59,6 +59,11 @@ def tools_in(value: Any, place: str) -> tuple[Mapping[str, Any], ...] | None:
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(place, _TOOLS, value)
     return tuple(_tool(tool) for tool in tools)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a value is empty, or the text of one that is."""
+    return value in (None, [], (), {}) or (isinstance(value, str) and value.strip() in ("", "null", "None"))
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def calls_in(value: Any, place: str) -> list[dict[str, Any]]:
         RowError: If it holds something else.
     """
     calls = parsed(value)
-    if calls is None or calls in ([], (), {}, ""):
+    if _is_nothing(calls):
         return []
     if isinstance(calls, Mapping):
         return [_call(calls, place)]
@@ -177,7 +182,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
             except ValueError:
                 break
     found = parsed(found)
-    if found is None or (isinstance(found, str) and not found.strip()):
+    if _is_nothing(found):
         return {}
     if isinstance(found, Mapping):
         return dict(found)

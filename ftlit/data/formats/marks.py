@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ftlit.data.formats.base import RowError, number_of, show
+from ftlit.data.formats.base import RowError, note, number_of, show
 
 # Marks that say yes or no: axolotl's and ours.
 _SWITCHES = ("train", "training", "trainable")
 # Marks that are a weight, where yes is 1: of OpenAI, Mistral and Together, of LLaMA-Factory, of ms-swift, of others.
 _WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss", "loss_mask")
-MARKS = (*_SWITCHES, *_WEIGHTS, "train_detail", "mask")
+# A mark that says the opposite: torchtune's.
+_MASKED = "masked"
+MARKS = (*_SWITCHES, *_WEIGHTS, _MASKED, "train_detail", "mask")
 """Every key of a turn that is a mark."""
 
 
@@ -19,7 +21,7 @@ def weight_of_turn(turn: Mapping[str, Any], place: str) -> float:
     """How much the tokens of a turn count: 1 where no mark says anything, 0 where one says that it is not trained.
 
     The marks are `weight`, `loss_weight`, `loss_scale`, `loss` and `loss_mask` (a number, or true or false), and
-    `train`, `training` and `trainable` (true or false).
+    `train`, `training` and `trainable` (true or false), and `masked`, which says the opposite.
 
     Args:
         turn: The turn.
@@ -31,21 +33,27 @@ def weight_of_turn(turn: Mapping[str, Any], place: str) -> float:
     if turn.keys().isdisjoint(MARKS):
         return 1.0
     _refuse_unclear(turn, place)
-    said = {key: _said(turn, key, place) for key in (*_SWITCHES, *_WEIGHTS) if turn.get(key) not in (None, "")}
+    said = {key: _said(turn, key, place) for key in (*_SWITCHES, _MASKED, *_WEIGHTS) if turn.get(key) not in (None, "")}
     if not said:
         return 1.0
     _refuse_contradiction(turn, said, place)
     return next((weight for weight in said.values() if weight != 1), 1.0)
 
 
+def note_of_others(turn: Mapping[str, Any]) -> None:
+    """Notes a turn of a user, a system or a tool that is marked as trained, which it is not."""
+    if any(turn.get(key) in (True, 1) for key in (*_SWITCHES, "loss", "loss_mask")):
+        note("turns that are no answers are marked as trained: data.train_on decides, and trains answers by itself")
+
+
 def _said(turn: Mapping[str, Any], key: str, place: str) -> float:
     """The weight that one mark means."""
     value = turn[key]
-    if isinstance(value, bool):
-        return float(value)
-    if key in _SWITCHES:
+    if key in (*_SWITCHES, _MASKED):
         if value not in (0, 1):
             raise RowError(f"{place}.{key}", "true or false", value)
+        return float(not value if key == _MASKED else value)
+    if isinstance(value, bool):
         return float(value)
     return number_of(turn, key, 1.0, f"{place}.{key}")
 

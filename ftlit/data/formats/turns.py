@@ -9,7 +9,7 @@ from typing import Any
 
 from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, note, text_of, weight_of
 from ftlit.data.formats.calls import calls_in, calls_of, has_nulls, tools_in, tools_of, without_filled
-from ftlit.data.formats.marks import MARKS, weight_of_turn
+from ftlit.data.formats.marks import MARKS, note_of_others, weight_of_turn
 from ftlit.data.formats.parts import are_parts, content_of
 from ftlit.data.formats.written import parsed
 from ftlit.errors import ConfigError
@@ -71,7 +71,9 @@ def turns_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str] | Non
     Raises:
         RowError: If it does not hold turns.
     """
-    turns = listed(row.get(column))
+    turns = row.get(column)
+    if not isinstance(turns, list | tuple) or not all(_has_role(turn) for turn in turns):
+        turns = listed(turns)
     if not isinstance(turns, list | tuple) or not turns:
         raise RowError(column, "a list of at least one message", row.get(column))
     names = ROLE_OF if not roles else {**ROLE_OF, **{name.strip().casefold(): role for name, role in roles.items()}}
@@ -111,14 +113,17 @@ def as_turns(value: Any) -> Any:
     turns = parsed(value)
     if not isinstance(turns, list | tuple) or not turns:
         return value
-    if all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns):
-        return turns
-    return value
+    return turns if all(_has_role(turn) for turn in turns) else value
+
+
+def _has_role(turn: Any) -> bool:
+    """Whether a turn is an object that says who speaks."""
+    return isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
 
 
 def _speakers(turn: Any) -> list[Any]:
     """The turns of an object that has speakers as its keys; the turn itself where it has not."""
-    if not isinstance(turn, Mapping) or "role" in turn or "from" in turn:
+    if not isinstance(turn, Mapping) or _has_role(turn):
         return [turn]
     said = {key: text for key, text in turn.items() if text is not None}
     roles = {key: ROLE_OF.get(key) for key in said}
@@ -172,14 +177,24 @@ class _Turns:
         """Reads one turn."""
         if not isinstance(turn, Mapping):
             raise RowError(place, "an object with role and content", turn)
+        if len(turn) == 2 and (message := self._plain(turn)) is not None:
+            self.messages.append(message)
+            return
         role = self._role(place, turn)
         key, content = _content(place, turn)
-        if len(turn) == 2 and isinstance(content, str) and content.strip() and role != CALL:
-            self.messages.append(Message(role, content))
-        elif role == CALL:
+        if role == CALL:
             self._add_calls(place, key, content, turn)
         else:
             self._add(place, role, key, content, turn)
+
+    def _plain(self, turn: Mapping[str, Any]) -> Message | None:
+        """A turn of a role and its text, as most are; None where it is another one."""
+        who, says = ("role", "content") if "content" in turn else ("from", "value")
+        role, text = turn.get(who), turn.get(says)
+        role = self.roles.get(role) if isinstance(role, str) else None
+        if role is None or role == CALL or not isinstance(text, str) or not text.strip():
+            return None
+        return Message(role, text)
 
     def _role(self, place: str, turn: Mapping[str, Any]) -> str:
         key = next((key for key in _ROLE_KEYS if turn.get(key) is not None), "role")
@@ -216,6 +231,8 @@ class _Turns:
         blank_is_fine = role in ("system", "tool") or calls
         if not isinstance(content, str) or not (blank_is_fine or content.strip()):
             raise RowError(f"{place}.{key}", "non-empty text", content)
+        if role != "assistant":
+            note_of_others(turn)
         self.messages.append(Message(role, content, weight_of_turn(turn, place), more or None))
 
     def _add_calls(self, place: str, key: str, content: Any, turn: Mapping[str, Any]) -> None:
