@@ -30,6 +30,14 @@ def told(*texts: str, names: tuple[str, str] = ("human", "gpt")):
     return said(*texts, role="from", content="value", names=names)
 
 
+def in_parts(*texts: str):
+    """Turns whose content is parts, each with its weight."""
+    return [
+        {**turn, "content": [{"type": "text", "value": turn["content"]}], "loss_weight": float(number % 2)}
+        for number, turn in enumerate(said(*texts))
+    ]
+
+
 ASK, SAY, BAD = "2+2?", "4.", "5."
 ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 TOOL = {"type": "function", "function": ADD}
@@ -397,6 +405,7 @@ SHAPES: dict[str, Shape] = {
             ],
         },
     ),
+    "LLaMA-Factory v1": Shape("sft", {"messages": in_parts(ASK, SAY)}),
     "glaive_toolcall of LLaMA-Factory": Shape(
         "sft",
         {
@@ -530,6 +539,9 @@ SHAPES: dict[str, Shape] = {
         },
     ),
     "KTO mix 14k": Shape("dpo", {"prompt": said(ASK), "completion": said(ASK, SAY)[1:], "label": True, "dataset": "x"}),
+    "DPO pairs of LLaMA-Factory v1": Shape(
+        "dpo", {"chosen_messages": in_parts(ASK, SAY), "rejected_messages": in_parts(ASK, BAD)}
+    ),
     "KTO rows of LLaMA-Factory": Shape("dpo", {"messages": said(ASK, SAY), "label": True}),
     "KTO rows of LLaMA-Factory, kto_tag": Shape(
         "dpo", {"instruction": ASK, "input": "", "output": SAY, "kto_tag": True}

@@ -12,7 +12,7 @@ from typing_extensions import override
 from ftlit.batch import Example, Pair
 from ftlit.data.comparisons import Comparisons, Lost, Rankings
 from ftlit.data.datamodules import SFTData, shortened
-from ftlit.data.formats import RowFormat, detect_preference, known_columns
+from ftlit.data.formats import RowFormat, detect_preference, known_columns, known_pairs
 from ftlit.data.plain import opening_tokens
 from ftlit.data.statistics import LONG, Statistics
 from ftlit.data.store import Stored, Truncate
@@ -68,7 +68,8 @@ class PreferenceData(SFTData):
     @staticmethod
     @override
     def _known(columns: Iterable[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
-        return {} if answers else known_columns(columns, row, answers=False)
+        columns = list(columns)
+        return known_pairs(columns) or ({} if answers else known_columns(columns, row, answers=False))
 
     @override
     def _cap(self) -> int | None:

@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ftlit.data.formats import Comparison, Completion, Conversation, RowFormat, Text, detect, detect_preference
+from ftlit.data.formats import (
+    Comparison,
+    Completion,
+    Conversation,
+    RowFormat,
+    Text,
+    detect,
+    detect_preference,
+    known_columns,
+    known_pairs,
+)
 from ftlit.data.formats.classification import Classification, LabelledRow
 from ftlit.data.sources import Source, with_system
 from ftlit.errors import DataError
@@ -39,7 +49,7 @@ def contents_of(name: str) -> list[Rated]:
     Raises:
         DataError: If it cannot be read.
     """
-    source = Source(name, choose=_choose)
+    source = Source(name, choose=_choose, known=_known)
     found: list[Rated] = []
     for row in range(len(source)):
         record: Any = source.record(row)
@@ -53,6 +63,11 @@ def contents_of(name: str) -> list[Rated]:
                 raise DataError(f"{source.where(row)}: an answer is empty, there is nothing to score.")
             found.append(Rated(row, answer, {**_shown(answer), **place}))
     return found
+
+
+def _known(columns: Sequence[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
+    """The columns of rows to score that have one meaning under other names."""
+    return known_pairs(columns) or known_columns(columns, row, answers=answers)
 
 
 def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowFormat:

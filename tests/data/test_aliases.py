@@ -14,9 +14,12 @@ from ftlit.data.formats import (
     PromptCompletion,
     RawText,
     detect,
+    detect_preference,
     known_columns,
+    known_pairs,
     suggest,
 )
+from ftlit.data.preferences import PreferenceData
 from ftlit.data.prompts import PromptData
 from ftlit.data.sources import Source
 from ftlit.errors import DataError
@@ -137,6 +140,36 @@ def test_turns_of_a_tree_are_no_documents(tmp_path):
     row = {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "Yes."}
     with pytest.raises(DataError, match="hold one turn a row, of trees of turns; write each conversation as one row"):
         Source(write(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        (["chosen_messages", "rejected_messages"], {"chosen": "chosen_messages", "rejected": "rejected_messages"}),
+        (["p", "response_chosen", "response_rejected"], {"chosen": "response_chosen", "rejected": "response_rejected"}),
+        (
+            ["chosen_answer", "rejected_answer", "chosen_model"],
+            {"chosen": "chosen_answer", "rejected": "rejected_answer"},
+        ),
+        (["chosen", "rejected", "chosen_messages", "rejected_messages"], {}),
+        (["chosen_text", "rejected_text", "chosen_messages", "rejected_messages"], {}),
+        (["chosen_model", "rejected_model"], {}),
+        (["chosen_messages", "rejected_answer"], {}),
+    ],
+)
+def test_pairs_that_say_by_their_names_what_they_are(columns, wanted):
+    assert known_pairs(columns) == wanted
+
+
+def test_pairs_of_parts_are_read(tmp_path):
+    def told(answer):
+        return [{"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+                {"role": "assistant", "content": [{"type": "text", "value": answer}], "loss_weight": 1.0}]  # fmt: skip
+
+    path = write(tmp_path, {"chosen_messages": told("a"), "rejected_messages": told("b")})
+    source = Source(path, choose=detect_preference, known=PreferenceData._known)
+    assert [answer.messages[-1].content for answer in source.record(0).answers] == ["a", "b"]
+    assert source.unread() == []
 
 
 def test_some_columns_are_given_and_the_rest_is_known(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from ftlit.data.formats.aliases import known_columns
+from ftlit.data.formats.aliases import known_columns, known_pairs
 from ftlit.data.formats.alpaca import Alpaca
 from ftlit.data.formats.base import (
     Comparison,
@@ -165,6 +165,7 @@ __all__ = [
     "detect",
     "detect_preference",
     "known_columns",
+    "known_pairs",
     "suggest",
     "unanswered",
 ]

@@ -22,6 +22,8 @@ _CONTEXTS = ("context", "input")
 _SYSTEMS = ("system_prompt", "system_message")
 _LISTS = ("conversation", "dialog", "dialogue", "chat", "turns", "items")
 _TEXTS = ("content", "raw_content", "raw_text")
+# What the columns of a chosen and a rejected answer add to that.
+_KINDS = ("messages", "conversation", "conversations", "response", "answer", "completion", "output", "text")
 _CALLS = ("answers", "calls", "tool_calls", "function_calls")
 
 
@@ -48,6 +50,27 @@ def known_columns(columns: Iterable[str], row: Mapping[str, Any], *, answers: bo
         found = names.first(_TEXTS, names.is_text)
         return {"text": found} if found and not names.any((*_QUESTIONS, *_ANSWERS)) else {}
     return {name: column for name, column in made.items() if name != column}
+
+
+def known_pairs(columns: Iterable[str]) -> dict[str, str]:
+    """The `data.columns` of pairs whose columns say by both their names what they are: `chosen_messages`, say.
+
+    Args:
+        columns: Their columns.
+
+    Returns:
+        The format's name to the file's; empty where there is nothing to rename, or more than one such pair.
+    """
+    have = set(columns)
+    if have & {"chosen", "rejected"}:
+        return {}
+    made = [
+        {side: name.format(side=side, kind=kind) for side in ("chosen", "rejected")}
+        for name in ("{side}_{kind}", "{kind}_{side}")
+        for kind in _KINDS
+    ]
+    found = [pair for pair in made if set(pair.values()) <= have]
+    return found[0] if len(found) == 1 else {}
 
 
 class _Names:
@@ -106,4 +129,4 @@ class _Names:
         return made
 
 
-__all__ = ["known_columns"]
+__all__ = ["known_columns", "known_pairs"]
