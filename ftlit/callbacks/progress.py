@@ -48,7 +48,7 @@ class Progress(ProgressBar):
         left = seconds / max(1, step - self._first) * max(0, int(total) - step)
         metrics = getattr(pl_module, "step_metrics", {})
         named = getattr(pl_module, "progress", {"loss": "train/loss"})
-        values = "  ".join(f"{name} {metrics.get(key, float('nan')):.4f}" for name, key in named.items())
+        values = "  ".join(f"{name} {metrics[key]:.4f}" for name, key in named.items() if key in metrics)
         line = (
             f"step {step}/{int(total)}  {values}  "
             f"lr {metrics.get('train/lr', 0.0):.2e}  {metrics.get('train/tokens_per_s', 0.0):.0f} tokens/s  "

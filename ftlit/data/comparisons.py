@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from ftlit.batch import Answers, Example, Pair
+from ftlit.batch import Answers, Example, PackedBatch, Pair, pack
 from ftlit.data.store import Examples, Measures, Stored, Truncate, begins_with
+from ftlit.errors import ConfigError
 
 Rankings = Literal["all", "best"]
 
@@ -192,6 +193,81 @@ class Comparisons(Stored):
         return all(self.pieces.weights[starts[place] : stops[place]].any() for place in answers)
 
 
+class Crossed:
+    """Each prompt with answers to another one: those of the next row of the set that has a prompt of its own.
+
+    So what a row is crossed with depends on nothing but the rows.
+
+    Args:
+        rows: Comparisons.
+        others: Where answers are taken from if all rows have one prompt.
+        max_length: Most tokens of a prompt and an answer: what is beyond is cut from the answer.
+
+    Raises:
+        ConfigError: If there are no two prompts.
+    """
+
+    def __init__(self, rows: Sequence[Example], others: Sequence[Example] | None, max_length: int) -> None:
+        self.rows, self.max_length = rows, max_length
+        prompts = [_prompt(example).tobytes() for example in rows]
+        self._donors: Sequence[Example] = rows
+        self._next = _next_other(prompts)
+        if self._next is None and others is not None and others is not rows:
+            strange = (i for i in range(len(others)) if _prompt(others[i]).tobytes() != prompts[0])
+            if (donor := next(strange, None)) is not None:
+                self._donors, self._next = others, [donor] * len(rows)
+        if self._next is None:
+            raise ConfigError("KTO puts answers to one prompt after another: give rows of at least two prompts.")
+
+    def of(self, batch: PackedBatch) -> PackedBatch:
+        """The prompts of a micro-batch with answers to others; a filler stays one.
+
+        Args:
+            batch: A micro-batch of the rows.
+        """
+        assert self._next is not None
+        roots = [row for row, parent in zip(batch.examples, batch.segments.parents, strict=True) if parent < 0]
+        made = []
+        for row in roots:
+            prompt, other = _prompt(self.rows[max(row, 0)]), self._donors[self._next[max(row, 0)]]
+            made.append(_answered(prompt, other, max(1, self.max_length - len(prompt))))
+        return pack(made, roots).to(batch.input_ids.device)
+
+
+def _prompt(example: Example) -> np.ndarray:
+    assert example.answers is not None
+    return np.asarray(example.input_ids)[: len(example.input_ids) - sum(example.answers.lengths)]
+
+
+def _next_other(prompts: Sequence[bytes]) -> list[int] | None:
+    """For each row the next one, round and round, with another prompt; None where all have the same."""
+    count = len(prompts)
+    if len(set(prompts)) < 2:
+        return None
+    found = [0] * count
+    following = next(i for i in range(count) if prompts[i] != prompts[-1])
+    for row in range(count - 1, -1, -1):
+        after = (row + 1) % count
+        if prompts[after] != prompts[row]:
+            following = after
+        found[row] = following
+    return found
+
+
+def _answered(prompt: np.ndarray, other: Example, room: int) -> Example:
+    """A prompt with the answers of another example, each cut to so many tokens."""
+    assert other.answers is not None
+    ids, weights, lengths = [prompt], [np.zeros(len(prompt), np.float32)], list[int]()
+    start = len(_prompt(other))
+    for length in other.answers.lengths:
+        stop = start + min(length, room)
+        ids.append(np.asarray(other.input_ids)[start:stop])
+        weights.append(np.asarray(other.weights, np.float32)[start:stop])
+        lengths.append(stop - start)
+        start += length
+    return Example(np.concatenate(ids), np.concatenate(weights), 0.0, Answers(tuple(lengths), ()))
+
+
 def _cut(
     prompt: int, answers: Sequence[int], starts: np.ndarray, stops: np.ndarray, length: int, truncate: Truncate
 ) -> tuple[str, dict[str, int]]:
@@ -221,4 +297,4 @@ def _added(values: np.ndarray, firsts: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, firsts) if len(firsts) else np.zeros(0, values.dtype)
 
 
-__all__ = ["Comparisons", "Lost", "Rankings"]
+__all__ = ["Comparisons", "Crossed", "Lost", "Rankings"]

@@ -317,8 +317,9 @@ class KTO(PreferenceLoss):
     """`d (1 - s(b (r_w - z)))` for a good answer, `u (1 - s(b (z - r_l)))` for a bad one; value `1/3 + 1/2` at z = 0.
 
     Ethayarajh et al. 2024, arXiv:2402.01306. The reference point z is the mean of `r` over the prompts of
-    the micro-batch, each with the answer of its neighbour, not below 0 and without a gradient. A pair counts as one
-    good and one bad answer.
+    the optimizer step (of the whole set in validation), each with the answers to another prompt of the set, not below 0
+    and without a gradient. It does not depend on how the step is cut into micro-batches and ranks. A pair counts as
+    one good and one bad answer.
 
     Args:
         beta: Strength of the pull to the reference.
@@ -330,7 +331,6 @@ class KTO(PreferenceLoss):
     """
 
     unpaired = True
-    couples = True
     needs_kl = True
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:

@@ -143,6 +143,7 @@ class Stage(Evaluated):
         self._given: tuple[int, int | None] = (1, 1)
         self.grad_norm = float("nan")
         self.step_metrics: dict[str, float] = {}
+        self._logged: dict[str, None] = {}  # every step metric so far
         # Checkpoints hold what is trained; on_load_checkpoint checks that all of it is there.
         self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -570,6 +571,8 @@ class Stage(Evaluated):
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         """Logs the step: means over all its targets on all ranks, speed, rate, gradient norm."""
         self.log_position()
+        self.forget_logged(set(self._logged) - set(self.step_metrics))  # this step has none of their rows, say
+        self._logged |= dict.fromkeys(self.step_metrics)
         for name, value in self.step_metrics.items():
             shown = name in (*self.progress.values(), "train/tokens_per_s")
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)

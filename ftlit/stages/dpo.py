@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ftlit.batch import PackedBatch, Segments, StepTotals
-from ftlit.data.comparisons import Comparisons
+from ftlit.batch import PackedBatch, StepBatch, StepTotals
+from ftlit.data.comparisons import Comparisons, Crossed
 from ftlit.data.store import Joined
 from ftlit.errors import ConfigError
 from ftlit.metrics.intervals import wins
@@ -85,6 +88,9 @@ class DPO(ValidatedStage):
         self.loss = loss_of(loss)
         self.cache_reference = cache_reference
         self._stored: dict[str, StoredScores] = {}
+        self._crossed: dict[str, Crossed] = {}
+        self._points: dict[str, Tensor] = {}
+        self._point: Tensor | None = None
         if cache_reference and not self.loss.needs_reference:
             raise ConfigError(f"model.cache_reference: {type(self.loss).__name__} needs no reference; leave it out.")
 
@@ -107,7 +113,7 @@ class DPO(ValidatedStage):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._stored = {}  # of the rows of an earlier run
+        self._stored, self._crossed = {}, {}  # of the rows of an earlier run
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.couples and getattr(data, "batch_size", 2) < 2:
             raise ConfigError(
@@ -117,6 +123,8 @@ class DPO(ValidatedStage):
         for key, rows in getattr(data, "sets", {}).items():
             if not key.startswith("added:"):
                 check_rows(self.loss, rows)
+                if self.loss.needs_kl:
+                    self._crossed[key] = Crossed(rows, data.sets.get("train"), data.max_length)
 
     @override
     def configure_model(self) -> None:
@@ -153,13 +161,22 @@ class DPO(ValidatedStage):
 
     # ---- one micro-batch ------------------------------------------------------------------------------------------
 
+    @override
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        if self.loss.needs_kl:  # one for the whole step, before its first gradient
+            own = [micro.only({0}) for micro in batch.micro_batches[: batch.own]]
+            self._point = self._reference_point(own, "train")
+        return super().training_step(batch, batch_idx)
+
     def micro_loss(self, batch: PackedBatch, scores: TokenScores) -> MicroLoss:
         """Weighted sum of the losses of the pairs."""
         found = self._measured(batch, scores, "train")
         return MicroLoss(found.loss, found.sums)
 
     def _measured(self, batch: PackedBatch, scores: TokenScores, rows: str) -> _Measured:
-        kl = self._reference_point(batch) if self.loss.needs_kl else None
+        kl = None
+        if self.loss.needs_kl:
+            kl = self._point if rows == "train" else self._held_out_point(rows)
         answers = preference_scores(batch, scores, self.reference(batch, rows), kl)
         weights = torch.tensor([pair.weight for pair in batch.pairs], dtype=torch.float64, device=scores.logps.device)
         losses, rewards = self.loss(answers), self.loss.rewards(answers).detach()
@@ -171,22 +188,51 @@ class DPO(ValidatedStage):
         margins = answers.better(rewards) - answers.worse(rewards)
         return _Measured((losses * weights).sum(), sums, margins, both, owners)
 
+    def _reference_point(self, batches: Iterable[PackedBatch], rows: str) -> Tensor:
+        """How far the policy has moved on answers to other prompts: the mean of the log-ratios, at least 0, nats.
+
+        Over all micro-batches and ranks, so it does not matter how they are cut.
+
+        Args:
+            batches: This rank's micro-batches; every rank has as many.
+            rows: The set of rows they are from.
+        """
+        crossed = self._crossed[rows]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total += self._moved(crossed.of(batch))
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        return (total[0] / total[1].clamp(min=1)).clamp(min=0)
+
     @torch.no_grad()
-    def _reference_point(self, batch: PackedBatch) -> Tensor:
-        """How far the policy has moved on answers to other prompts: the mean of the log-ratios, at least 0, nats."""
+    def _moved(self, batch: PackedBatch) -> Tensor:
+        """Sum of the log-ratios of the answers of a micro-batch, nats, and how many answers there are."""
         assert self.policy is not None
-        data: Any = self.trainer.datamodule
-        other = neighbours(batch, data.max_length)
         was = self.policy.training
         self.policy.eval()
         try:
-            ratios = self.policy(other).logps.double() - start_logps(self.policy, other)
+            ratios = self.policy(batch).logps.double() - start_logps(self.policy, batch)
         finally:
             self.policy.train(was)
-        real = other.target_weights.ne(0)
-        answers = len(other.target_segments[real].unique())
-        mean = (ratios * real).sum() / max(answers, 1)
-        return mean.clamp(min=0) if other.segments.parents.count(-1) > 1 else mean * 0
+        real = batch.target_weights.ne(0)
+        count = len(batch.target_segments[real].unique())
+        return torch.stack([(ratios * real).sum(), ratios.new_tensor(float(count))])
+
+    def _held_out_point(self, rows: str) -> Tensor:
+        """The reference point of a set of rows, as far as this validation or test reads it."""
+        if rows not in self._points:
+            data: Any = self.trainer.datamodule
+            loader: Any
+            if rows == "test":
+                loader, most = data.test_dataloader(), self.trainer.num_test_batches[0]
+            else:
+                number = data.validation_names.index(rows.removeprefix("validation:"))
+                loader = data.val_dataloader()[number]
+                is_first = self.trainer.sanity_checking
+                most = (self.trainer.num_sanity_val_batches if is_first else self.trainer.num_val_batches)[number]
+            batches = itertools.islice(loader, None if math.isinf(most) else int(most))
+            self._points[rows] = self._reference_point((batch.to(self.device) for batch in batches), rows)
+        return self._points[rows]
 
     @override
     def step_summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -203,6 +249,11 @@ class DPO(ValidatedStage):
     def measured(self) -> list[str]:
         ends = [f"rewards/{name}_{end}" for name in ("margins", "accuracies") for end in ("low", "high")]
         return [*self.of_a_step, *ends]
+
+    @override
+    def _reset(self, loop: str) -> None:
+        super()._reset(loop)
+        self._points = {}
 
     @override
     def new_metric(self) -> PairMetric:
@@ -283,67 +334,6 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def neighbours(batch: PackedBatch, max_length: int | None = None) -> PackedBatch:
-    """Each prompt of a micro-batch with the answers to the next prompt, so that every answer is there once.
-
-    Args:
-        batch: The micro-batch, with the targets of its own rows only.
-        max_length: Most tokens of a prompt and an answer: what is beyond is cut from the answer. None: no bound.
-    """
-    segments, ids = batch.segments, batch.input_ids[0]
-    answers_to: dict[int, list[int]] = {}
-    for number, parent in enumerate(segments.parents):
-        if parent >= 0 and batch.sources[number] == 0:
-            answers_to.setdefault(parent, []).append(number)
-    prompts = list(answers_to)
-    taken, places, lengths, parents, owners = [], [], list[int](), list[int](), list[int]()
-    chosen, counts, ends = [], list[int](), []
-    owner_of = batch.target_segments
-
-    def add(segment: int, length: int, first: int, parent: int, owner: int) -> None:
-        offset = segments.offsets[segment]
-        taken.append(torch.arange(offset, offset + length, device=ids.device))
-        places.append(torch.arange(first, first + length, device=ids.device))
-        lengths.append(length)
-        parents.append(parent)
-        owners.append(owner)
-
-    for number, prompt in enumerate(prompts):
-        donor = prompts[(number + 1) % len(prompts)]
-        own, place = segments.lengths[prompt], len(parents)
-        last = sum(lengths) + own - 1
-        add(prompt, own, 0, -1, batch.examples[prompt])
-        room = None if max_length is None else max(1, max_length - own)
-        for answer in answers_to[donor]:
-            begin = sum(lengths)
-            length = segments.lengths[answer] if room is None else min(room, segments.lengths[answer])
-            add(answer, length, own, place, batch.examples[prompt])
-            (targets,) = (owner_of == answer).nonzero(as_tuple=True)
-            # Tokens of the answer up to the one that predicts a target: none where the prompt does.
-            before = batch.target_positions[targets] - segments.offsets[answer]
-            opens = batch.target_positions[targets] == segments.offsets[donor] + segments.lengths[donor] - 1
-            kept = opens | (before < length - 1)
-            chosen.append(targets[kept])
-            counts.append(int(kept.sum()))
-            ends.append(torch.where(opens, last, begin + before)[kept])
-    targets = torch.cat(chosen)
-    return batch.replace(
-        input_ids=ids[torch.cat(taken)][None],
-        position_ids=torch.cat(places)[None],
-        segments=Segments(lengths, parents),
-        target_positions=torch.cat(ends),
-        target_ids=batch.target_ids[targets],
-        target_weights=batch.target_weights[targets],
-        target_segments=torch.repeat_interleave(
-            torch.tensor([i for i, parent in enumerate(parents) if parent >= 0], device=ids.device),
-            torch.tensor(counts, device=ids.device),
-        ),
-        examples=tuple(owners),
-        sources=(),
-        pairs=(),
-    )
-
-
 def check_rows(loss: PreferenceLoss, rows: Any) -> None:
     """Refuses rows that a loss cannot be computed of, or of which it would not use a column.
 
@@ -368,4 +358,4 @@ def check_rows(loss: PreferenceLoss, rows: Any) -> None:
             )
 
 
-__all__ = ["DPO", "SUMS", "check_rows", "neighbours", "pair_sums", "preference_scores", "summary"]
+__all__ = ["DPO", "SUMS", "check_rows", "pair_sums", "preference_scores", "summary"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import lightning as L
@@ -157,6 +158,20 @@ class Evaluated(L.LightningModule):
             self._caught, self.validated_at = None, validated_at
             for module, mode in modes:
                 module.training = mode
+
+    def forget_logged(self, names: Collection[str]) -> None:
+        """Makes Lightning forget metrics of earlier steps, which it would log again and show to callbacks.
+
+        Args:
+            names: Metrics that were logged at the end of a step before, and are not measured now.
+        """
+        for item in (self.trainer._results or {}).values():
+            if item.meta.fx == "on_train_batch_end" and item.meta.name in names:
+                item.reset()
+        connector = self.trainer._logger_connector
+        for name in names:
+            for kept in (connector._callback_metrics, connector._logged_metrics):
+                kept.pop(name, None)
 
     def log_position(self) -> None:
         """Puts what is logged next at the number of optimizer steps taken: Lightning would say one less."""

@@ -154,6 +154,7 @@ def test_what_has_no_one_meaning_is_refused(row, column):
         # cells of tables
         ({name: json.dumps(turns) for name, turns in WHOLE.items()}, ONE),
         ({name: str(turns) for name, turns in WHOLE.items()}, ONE),
+        ({name: str(turns).replace(", {", "\n {") for name, turns in WHOLE.items()}, ONE),  # as NumPy prints it
         ({"prompt": str([user("Hi?")]), **TEXTS}, ONE),
         ({"messages": json.dumps([user("Hi?")]), "chosen": str(says("Yes.")), "rejected": json.dumps(says("No."))},
          ONE),
@@ -189,7 +190,7 @@ def test_all_of_the_context_is_there(row, expected):
         ({"context": "A text.", "chosen": "Yes.", "rejected": "No."}, "'context'|begin alike"),
         ({"dialogue": [user("Hi?")], **ANSWERS}, "is it 'dialogue'"),
         ({"history": "A post.", "instruction": "Hi?", **TEXTS}, "'history' must hold a list of pairs"),
-        ({"chosen": str(GOOD).replace(", {", " {"), "rejected": "No.", "prompt": "Hi?"}, "'chosen' must hold the JSON"),
+        ({"chosen": str(GOOD)[:-4], "rejected": "No.", "prompt": "Hi?"}, "'chosen' must hold the JSON"),
     ],
 )  # fmt: skip
 def test_context_that_cannot_be_placed_is_refused(row, says):

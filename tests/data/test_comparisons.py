@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlit.batch import Example, Pair
-from ftlit.data.comparisons import Comparisons, Lost
+from ftlit.batch import Example, Pair, pack
+from ftlit.data.comparisons import Comparisons, Crossed, Lost
 from ftlit.data.store import Examples, Joined
+from ftlit.errors import ConfigError
 
 
 def made(*rows, rankings="all"):
@@ -164,3 +165,25 @@ def test_pieces_survive_the_cache(tmp_path):
     again = Comparisons(Examples.load(tmp_path / "kept")[0])
     assert again[0].answers.pairs == (Pair(0, 1, 0.5, 2.0),)
     assert np.array_equal(again[0].input_ids, [1, 2, 3, 4, 5])
+
+
+def test_prompts_are_crossed_with_answers_to_the_next_other_prompt():
+    rows = made(
+        ([1, 2, 3, 4], [[5, 6], [7]]), ([8], [[9, 10]], (1,)), ([8], [[11]], (0,)), ([12, 13], [[14, 15, 16]], (1,))
+    )
+    own = pack([rows[0], rows[1], rows[3], rows[0]], [0, 1, 3, -1])
+    crossed = Crossed(rows, None, 5).of(own)
+    assert crossed.input_ids.tolist() == [[1, 2, 3, 4, 9, 8, 14, 15, 16, 12, 13, 5, 6, 7, 1, 2, 3, 4, 9]]
+    assert crossed.segments.lengths == (4, 1, 1, 3, 2, 2, 1, 4, 1)  # 5 less a prompt of 4 is 1
+    assert crossed.segments.parents == (-1, 0, -1, 2, -1, 4, 4, -1, 7)
+    assert crossed.examples == (0, 0, 1, 1, 3, 3, 3, -1, -1)
+    assert crossed.target_weights.tolist() == [1] * 7 + [0]  # a filler counts nothing
+
+
+def test_rows_of_one_prompt_are_crossed_with_others():
+    rows = made(*(([prompt], [[9]], (1,)) for prompt in (1, 2, 1, 1)))
+    assert Crossed(rows, None, 99)._next == [1, 2, 1, 1]
+    one = made(([1], [[9]], (1,)))
+    assert Crossed(one, rows, 99)._next == [1]
+    with pytest.raises(ConfigError, match="at least two prompts"):
+        Crossed(one, one, 99)

@@ -1,12 +1,15 @@
 """The DPO stage: its reference, its sums, and what it refuses."""
 
+import csv
 import math
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
-from ftlit.batch import Answers, Example, Pair, pack
+from ftlit.batch import Example, pack
+from ftlit.callbacks.metrics_csv import MetricsCSV
 from ftlit.data.added import AddedRows
 from ftlit.data.packing import EvalLoader, StepLoader, StepPlanner
 from ftlit.data.store import Joined
@@ -18,7 +21,7 @@ from ftlit.objectives.preference_sums import NAMES, WPO, LengthDesensitized, Wei
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.peft.io import save_adapter
 from ftlit.stages import DPO
-from ftlit.stages.dpo import neighbours, summary
+from ftlit.stages.dpo import summary
 from ftlit.stages.reference import start_logps
 from ftlit.testing import tiny_comparisons, tiny_examples, tiny_lm
 
@@ -68,10 +71,10 @@ def fit(strategy=None, *, comparisons=None, validation=None, trainer=None, lm=No
     arguments = {"lr": 1e-2, "warmup": 0, "schedule": "constant", **arguments}
     stage = DPO(policy=lm or tiny_lm("llama", torch.float64), peft=strategy or LoRA(rank=3), **arguments)
     record = Record()
-    options = {"max_epochs": 2, **(trainer or {})}
+    options = {"max_epochs": 2, "logger": False, **(trainer or {})}
     callbacks = [record, *options.pop("callbacks", [])]
     runner = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, precision="64-true", callbacks=callbacks, **options,
     )  # fmt: skip
     runner.fit(stage, Data(tiny_comparisons() if comparisons is None else comparisons, validation, **(plan or {})))
@@ -237,39 +240,120 @@ def test_single_answers_with_labels():
     assert "rewards/accuracies" not in last
 
 
-@pytest.mark.parametrize("most", [None, 10])
-def test_neighbours_are_answers_of_other_prompts(most):
-    """Each prompt with the answers of the next, as if they had been packed and cut so."""
-    examples = [*tiny_comparisons([*SIZES[:2], (3, 6)], grades=[(1.0, 0.0), (1.0, 0.0), (1.0,)])]
-    made_of = neighbours(pack(examples), most)
-    prompts = [len(e.input_ids) - sum(e.answers.lengths) for e in examples]
-    mixed = []
-    for number, example in enumerate(examples):
-        other, start = examples[(number + 1) % 3], prompts[(number + 1) % 3]
-        ids, lengths = [*example.input_ids[: prompts[number]]], []
-        for length in other.answers.lengths:
-            lengths.append(min(length, 99 if most is None else most - prompts[number]))
-            ids += other.input_ids[start : start + lengths[-1]].tolist()
-            start += length
-        weights = [0.0] * prompts[number] + [1.0] * sum(lengths)
-        mixed.append(Example(ids, weights, 0.0, Answers(tuple(lengths), (Pair(0, -1),))))
-    expected = pack(mixed)
-    assert made_of.segments.lengths.count(1) == (1 if most else 0)  # a prompt of 9 leaves room for one token
-    assert made_of.segments.lengths == expected.segments.lengths
-    assert made_of.segments.parents == expected.segments.parents
-    for name in ("input_ids", "position_ids", "target_positions", "target_ids", "target_segments"):
-        assert torch.equal(getattr(made_of, name), getattr(expected, name)), name
+class Logger(MetricsCSV):
+    """What any logger is handed, by step."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.handed = {}
+
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics(metrics, step)
+        self.handed.setdefault(step, set()).update(metrics)
+
+
+class Watch(L.Callback):
+    """Logs a metric of its own, and notes what monitors can see."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        stage.log("own", 1.0)
+
+    def on_train_batch_start(self, trainer, stage, batch, batch_idx):
+        self.seen.append(set(trainer.callback_metrics))
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows", "missing"),
+    [
+        ("kto", [(1.0,), (0.0,), (1.0,)], {1: "chosen", 0: "rejected", 2: "rejected"}),
+        ("apo_zero", [(0.0,), (1.0,), (1.0,)], {0: "chosen", 1: "rejected", 2: "rejected"}),
+        ("kto", [(1.0, 0.0), (1.0,), (0.0,)], {1: "rejected", 2: "chosen"}),
+    ],
+)
+def test_metrics_of_a_step_without_their_rows_are_empty_in_every_logger(loss, rows, missing, tmp_path):
+    comparisons = tiny_comparisons([(2, 3, 4)[: 1 + len(grades)] for grades in rows], grades=rows)
+    logger, watch = Logger(tmp_path), Watch()
+    plan = {"batch_size": 1}
+    settings = {"logger": logger, "callbacks": [watch], "log_every_n_steps": 1, "max_steps": 3, "max_epochs": 1}
+    fit(comparisons=comparisons, loss=loss, plan=plan, trainer=settings)
+    with logger.path.open(newline="", encoding="utf-8") as file:
+        written = {int(row["step"]): {name for name, cell in row.items() if cell} for row in csv.DictReader(file)}
+    for step in range(3):
+        metrics, absent = logger.handed[step + 1], missing.get(step)
+        for group in ("rewards", "logps", "lengths"):
+            assert {side for side in ("chosen", "rejected") if f"{group}/{side}" in metrics} == {
+                "chosen", "rejected"
+            } - {absent}  # fmt: skip
+        assert ("rewards/accuracies" in metrics) == ("rewards/margins" in metrics) == (absent is None)
+        assert written[step + 1] == {*metrics, "step"} - {"epoch"}
+        assert {"train/loss", "own"} <= metrics
+    assert all(f"rewards/{side}" not in watch.seen[step + 1] for step, side in missing.items() if step < 2)
+    assert all("train/loss" in seen for seen in watch.seen[1:])
+
+
+def kto(rows, *, steps=3, **cut):
+    comparisons = tiny_comparisons(vocabulary=9)
+    if rows == "labelled":
+        comparisons = tiny_comparisons([(4, 5), (9, 2), (3, 6), (5, 1), (2, 8), (7, 3), (1, 2)],
+                                       grades=[(1.0,), (1.0,), (0.0,), (1.0,), (1.0,), (1.0,), (1.0,)])  # fmt: skip
+    loss = "kto" if rows == "labelled" else ["kto", "sft"]  # so that answers become likelier, whatever the prompt
+    accumulate = cut.pop("accumulate", 1)
+    return fit(
+        comparisons=comparisons, validation=comparisons, loss=loss, plan={"batch_size": 7, **cut},
+        trainer={"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": accumulate},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ["pairs", "labelled"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"batch_size": 1, "accumulate": 7},  # every micro-batch has one row
+        {"batch_size": 2, "accumulate": 4},  # the last one has
+        {"batch_size": 6, "accumulate": 2},
+        {"max_tokens": 12},
+    ],
+)
+def test_reference_point_of_kto_does_not_depend_on_how_a_step_is_cut(rows, cut):
+    whole, record, _ = kto(rows)
+    other, again, _ = kto(rows, **cut)
+    assert record.steps[-1]["train/kl"] > 0
+    for key in ("train/loss", "train/kl", "train/grad_norm"):
+        assert [step[key] for step in again.steps] == pytest.approx([step[key] for step in record.steps], abs=1e-12)
+    for ours, theirs in zip(again.grads, record.grads, strict=True):
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-12)
+    assert other.last_metrics == pytest.approx(whole.last_metrics, abs=1e-12)
+    assert whole.last_metrics["val/kl"] > 0
 
 
 def test_reference_point_of_kto():
-    """The mean over all answers of log pi - log ref after the prompt of their neighbours, not below 0."""
-    stage, _, _ = fit(loss="kto", trainer={"max_steps": 3})
-    batch = pack(tiny_comparisons()[:3])
-    other = neighbours(batch, 512)
-    with torch.no_grad():
-        expected = float((stage.policy(other).logps - start_logps(stage.policy, other)).sum()) / 6
-    assert float(stage._reference_point(batch)) == pytest.approx(max(0.0, expected))
-    assert float(stage._reference_point(pack(tiny_comparisons()[:1]))) == 0.0
+    """The mean over all answers of log pi - log ref after prompts that they do not belong to, not below 0."""
+    comparisons = tiny_comparisons(vocabulary=9)
+    stage, _, _ = fit(comparisons=comparisons, loss=["kto", "sft"], trainer={"max_steps": 3})
+    rows = stage.trainer.datamodule.sets["train"]
+    batches = [pack(rows[:3], [0, 1, 2]), pack(rows[3:4], [3])]
+    expected = []
+    for number in range(4):
+        prompt, donor = (rows[number + i] for i in (0, 1))
+        starts = [len(one.input_ids) - sum(one.answers.lengths) for one in (prompt, donor)]
+        answers = np.split(donor.input_ids[starts[1] :], np.cumsum(donor.answers.lengths)[:-1])
+        for answer in answers:
+            ids = [*prompt.input_ids[: starts[0]], *answer]
+            alone = pack([Example(ids, [0.0] * starts[0] + [1.0] * len(answer))])
+            with torch.no_grad():
+                expected.append(float((stage.policy(alone).logps - start_logps(stage.policy, alone)).sum()))
+    mean = sum(expected) / len(expected)
+    assert float(stage._reference_point(batches, "train")) == pytest.approx(max(0.0, mean), abs=1e-9)
+    assert mean > 0
+
+
+def test_kto_needs_two_prompts():
+    with pytest.raises(ConfigError, match="rows of at least two prompts"):
+        fit(loss="kto", comparisons=tiny_comparisons([(4, 5, 3)]))
 
 
 def test_wpo_weighs_by_log_probabilities_as_they_are():
@@ -443,7 +527,7 @@ def test_rows_that_do_not_go_with_the_loss(loss, options, sentence):
         fit(loss=loss, comparisons=tiny_comparisons(**options))
 
 
-@pytest.mark.parametrize("loss", ["kto", "aot", ["sigmoid", "kto"]])
+@pytest.mark.parametrize("loss", ["aot", ["sigmoid", "aot_unpaired"]])
 def test_rows_that_are_compared_with_others_need_others(loss):
     with pytest.raises(ConfigError, match=r"rows of a micro-batch with each other: set data.batch_size to at least 2"):
         fit(loss=loss, plan={"batch_size": 1})
