@@ -20,7 +20,7 @@ from ftlit.files import write_text
 from ftlit.metrics import text
 from ftlit.metrics.intervals import interval
 from ftlit.models.shard import gathered
-from ftlit.rollout.generate import answer, seed_of
+from ftlit.rollout.generate import answer, seed_of, text_of
 from ftlit.rollout.verifiers import Verifier, name_of, resolve, verify
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class _Made(NamedTuple):
     text: str
     length: int
     ended: bool
+    drawn: list[int]
 
 
 class GenerationEval(L.Callback):
@@ -291,11 +292,11 @@ class GenerationEval(L.Callback):
                 **self.options,
             )
         seconds = time.perf_counter() - began
-        decode = stage.tokenizer.decode
-        made = [
-            _Made(place, str(decode(one.tokens, skip_special_tokens=True)).strip(), len(one.tokens), one.ended)
-            for place, one in zip(places, answers, strict=True)
-        ]
+        made = []
+        for place, one in zip(places, answers, strict=True):
+            row = self._questions[place]
+            said = text_of(stage.tokenizer, one.tokens, row.prompt if row.plain else ())
+            made.append(_Made(place, said, len(one.tokens), one.ended, one.drawn))
         shares: list[Any] = [(made, seconds)]
         if world > 1:
             shares = [None] * world
@@ -349,11 +350,18 @@ class GenerationEval(L.Callback):
             names = {name for row in questions for name in row.columns}
             columns: dict[str, list[Any]] = {"reference": [row.reference for row in questions]}
             columns |= {name: [row.columns.get(name) for row in questions] for name in sorted(names)}
-            scores = verify(self.verifier, [r["prompt"] for r in records], [r["answer"] for r in records], columns)
+            columns |= {
+                "completion_ids": [one.drawn for one in made],
+                "truncated": [not one.ended for one in made],
+                "prefilled": [row.prefilled for row in questions],
+            }
+            prompts, said = [r["prompt"] for r in records], [r["answer"] for r in records]
+            scores = verify(self.verifier, prompts, said, columns, [row.where for row in questions])
             for record, score in zip(records, scores, strict=True):
                 record["verifier"] = score
-            values["verifier"] = _mean(records, "verifier")
-            values["verifier_low"], values["verifier_high"] = interval(scores)
+            judged = [score for score in scores if score is not None]  # the others abstain
+            values["verifier"] = sum(judged) / len(judged) if judged else float("nan")
+            values["verifier_low"], values["verifier_high"] = interval(judged)
         answers = [one.text for one in made]
         total = sum(one.length for one in made)
         values |= {

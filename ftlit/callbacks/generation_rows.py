@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ftlit.data.cutting import prefilled
 from ftlit.data.datamodules import MAIN
 from ftlit.data.formats import Comparison, Completion, Conversation, Message, Record, Text
 from ftlit.data.sources import Source
@@ -26,6 +27,9 @@ class EvalRow(NamedTuple):
         prompt: Their tokens.
         reference: The answer that the row holds, or None.
         columns: The row's own columns.
+        plain: Whether the answer goes on from a text without a template.
+        prefilled: The text with which the chat template begins it.
+        where: File and row.
     """
 
     number: int
@@ -33,6 +37,9 @@ class EvalRow(NamedTuple):
     prompt: list[int]
     reference: str | None
     columns: Mapping[str, Any]
+    plain: bool = False
+    prefilled: str = ""
+    where: str = ""
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -82,7 +89,8 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
         source, index, record = found[number]
         try:
             with source.at(index):
-                out.append(_row(data.template, number + 1, record, source.row(index)))
+                row = _row(data.template, number + 1, record, source.named(index))
+                out.append(row._replace(where=source.where(index)))
         except DataError as error:
             if data.on_bad_row == "error":
                 raise
@@ -96,7 +104,7 @@ def eval_rows(data: Any, rows: str | None, test: bool, num_rows: int | None, see
 
 def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, Any]) -> EvalRow:
     """One question: a record without its last answer; of compared answers the best is the reference."""
-    reference, good = None, True
+    reference, good, plain = None, True, isinstance(record, Completion)
     if isinstance(record, Comparison):
         grades = record.grades
         best = max(range(len(grades)), key=grades.__getitem__)
@@ -105,7 +113,7 @@ def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, 
             record = record._replace(messages=record.messages[: record.given + 1])
     if isinstance(record, Completion):
         messages: tuple[Message, ...] = (Message("user", record.prompt),)
-        reference = record.completion.strip()
+        reference = record.completion
     else:
         assert isinstance(record, Conversation)
         messages = record.messages
@@ -117,7 +125,9 @@ def _row(template: ChatTemplate, number: int, record: Record, row: Mapping[str, 
             raise DataError("holds no turn to answer.")
         record = record._replace(messages=messages)
     columns = {key: value for key, value in row.items() if key not in _TAKEN}
-    return EvalRow(number, messages, template.prompt_of(record), reference if good else None, columns)
+    prompt = template.prompt_of(record)
+    begun = "" if plain else prefilled(str(template.tokenizer.decode(prompt[-16:])))
+    return EvalRow(number, messages, prompt, reference if good else None, columns, plain, begun)
 
 
 def _records(data: Any, rows: str | None, test: bool) -> list[tuple[Source, int, Record]]:

@@ -25,6 +25,15 @@ _OPEN = re.compile(r"(?:<(think|thinking|thought|reasoning)>|\[(THINK)\])\s*(</\
 _MARK = "zqmark"
 
 
+def prefilled(prompt: str) -> str:
+    r"""The thought that a generation prompt opens, such as `<think>\n`: the answer begins with it, and goes on from it.
+
+    An empty thought belongs to the prompt.
+    """
+    opened = _OPEN.search(prompt)
+    return "" if opened is None or opened[3] else opened[0].lstrip()
+
+
 class Cut(NamedTuple):
     """An answer.
 
@@ -191,4 +200,4 @@ def _into_thought(
     return Cut(prompt, f"{thought}\n{between}{after}", trained, thought=bool(thought))
 
 
-__all__ = ["Cut", "Cutter"]
+__all__ = ["Cut", "Cutter", "prefilled"]

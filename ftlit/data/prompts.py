@@ -200,6 +200,13 @@ class PromptData(SFTData):
         world, rank = self._ranks()
         return PromptLoader(len(self.rows[key]), self.batch_size, rank, world)
 
+    @property
+    def known_columns(self) -> list[str]:
+        """Names of the columns that rewards are handed, of all rows; `tools` where any row has some."""
+        every = [row for rows in self.rows.values() for row in rows]
+        names = dict.fromkeys(name for row in every for name in row.columns)
+        return [*names, *(["tools"] if any(row.tools for row in every) and "tools" not in names else [])]
+
     # ---- reading --------------------------------------------------------------------------------------------------
 
     @override
@@ -256,7 +263,7 @@ class PromptData(SFTData):
             turns, ids = as_conversation(record), self.template.prompt_of(record)
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
-        columns = {key: value for key, value in {**source.own(index), **source.row(index)}.items() if key not in _TAKEN}
+        columns = {key: value for key, value in source.named(index).items() if key not in _TAKEN}
         text = record.prompt if isinstance(record, Completion) else record.text if isinstance(record, Text) else None
         return PromptRow(ids, turns.messages, reference, columns, source, index, text, turns.tools)
 

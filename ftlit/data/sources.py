@@ -109,6 +109,10 @@ class Source:
             row = {**dict.fromkeys(table.columns), **row}
         return row
 
+    def named(self, index: int) -> dict[str, Any]:
+        """One row with the names that its columns have, and those that the format gives them."""
+        return {**self.own(index), **self.row(index)}
+
     def record(self, index: int) -> Record:
         """What one row becomes.
 

@@ -86,18 +86,26 @@ class SequenceScorer:
         names = self.lm.config.id2label
         return [names[number] for number in range(len(names))]
 
-    def tokens(self, content: Content) -> list[int]:
+    def tokens(self, content: Content, cut: bool = False) -> list[int]:
         """What the model reads of a conversation, a text, or a text with what goes on from it.
+
+        Args:
+            content: What is read.
+            cut: Whether its last answer was cut, so that nothing closes it.
 
         Raises:
             DataError: If the template refuses it.
         """
         if not isinstance(content, Conversation):
             ids = self.template.tokens(content)
+            if cut and ids and ids[-1] == self.template.tokenizer.eos_token_id:
+                ids = ids[:-1]
         else:
             text = self.template.render(
                 content.messages, tools=content.tools, options=content.template_kwargs, texts=self.strict
             )
+            if cut and (said := content.messages[-1].content.strip()) and said in text:
+                text = text[: text.rindex(said) + len(said)]
             ids = list(self.template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self.max_length is not None and len(ids) > self.max_length:
             self.shortened += 1
@@ -105,9 +113,15 @@ class SequenceScorer:
         return ids
 
     @torch.no_grad()
-    def __call__(self, contents: Sequence[Content]) -> Tensor:
-        """Logits of each, `[N, L]`, in their order; float32, on the CPU."""
-        rows = [self.tokens(content) for content in contents]
+    def __call__(self, contents: Sequence[Content], cut: Sequence[bool] | None = None) -> Tensor:
+        """Logits of each, `[N, L]`, in their order; float32, on the CPU.
+
+        Args:
+            contents: What is read.
+            cut: Whether the last answer of each was cut, so that nothing closes it; none was when left out.
+        """
+        cut = [False] * len(contents) if cut is None else cut
+        rows = [self.tokens(content, unclosed) for content, unclosed in zip(contents, cut, strict=True)]
         if any(not row for row in rows):
             raise ConfigError("nothing can be scored that has no tokens; leave empty texts out.")
         out = torch.zeros(len(rows), len(self.outputs))
@@ -168,7 +182,9 @@ class RewardScorer(Verifier):
     """Rates answers with a trained reward model, or any sequence classifier of transformers.
 
     The model reads the prompt and the answer through its own tokenizer and chat template, whatever the policy has; that
-    of a run with the system turn it was trained with where there is none. Its weights are loaded when it is first used.
+    of a run with the system turn it was trained with where there is none. An answer that was cut is not closed, and the
+    thought with which the policy's template begins an answer is part of it. Its weights are loaded when it is first
+    used.
 
     Args:
         model: A run of `RewardModel` or `Classification`, an exported folder, an adapter folder with a head, or the hub
@@ -250,17 +266,18 @@ class RewardScorer(Verifier):
                 becomes the assistant's turn; or a text, which the answer goes on from.
             completions: The answers.
             columns: `tools`, which the chat template is handed, and `chat_template_kwargs`, of which it is handed what
-                it reads; others are not read.
+                it reads; `truncated` and `prefilled`; others are not read.
         """
         if not completions:
             return []
         scorer, nothing = self.scorer, [None] * len(completions)
         tools, options = columns.get("tools") or nothing, columns.get("chat_template_kwargs") or nothing
+        begun = columns.get("prefilled") or [""] * len(completions)
         contents = [
-            self._content(prompt, text, given, own)
-            for prompt, text, given, own in zip(prompts, completions, tools, options, strict=True)
+            self._content(prompt, first + text, given, own)
+            for prompt, first, text, given, own in zip(prompts, begun, completions, tools, options, strict=True)
         ]
-        scores = scorer(contents)[:, self._output].tolist()
+        scores = scorer(contents, columns.get("truncated"))[:, self._output].tolist()
         if scorer.shortened and not self._told:
             self._told = True
             rank_zero_only(print)(

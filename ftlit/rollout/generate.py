@@ -57,6 +57,27 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted(ends)
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
+    """The text of an answer, with all its white space and without special tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: Tokens of the answer.
+        after: Tokens of a text that it goes on from: the space between the two is the answer's, which some tokenizers
+            drop.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    if after:
+        before, both = decode(after), decode([*after, *tokens])
+        if both.startswith(before):
+            return both[len(before) :]
+    return decode(tokens)
+
+
 def seed_of(*parts: int) -> int:
     """A seed that is a function of some whole numbers, such as (seed, step, row), in `[0, 2^63)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

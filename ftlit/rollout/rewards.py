@@ -2,7 +2,8 @@
 
 A reward has the contract of a verifier: `(prompts, completions, **columns) -> list[float]`. A Python function serves,
 and so does a trained reward model that scores texts. It also is given `completion_ids`, the tokens of each answer with
-its end token, and may say of an answer a list of numbers: one for each of these tokens.
+its end token, and may say of an answer a list of numbers: one for each of these tokens. Where it says None it abstains,
+and the sum is that of the others; an answer of which none says anything is not trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ftlit.errors import ConfigError
 from ftlit.objectives.advantages import Total, alone, moments
-from ftlit.rollout.verifiers import Prompt, Verifier, ask, finite, name_of, resolve
+from ftlit.rollout.asking import Answers, Caller, Prompt, ask_all, number
+from ftlit.rollout.verifiers import Verifier, resolve
 
 CutAnswers = Literal["as_is", "penalty", "mask"]
 
@@ -109,12 +111,18 @@ class Said(NamedTuple):
     """What K rewards say of S answers with N tokens together, float32.
 
     Attributes:
-        scores: Of each answer, `[K, S]`: the number, or the sum of those of its tokens.
+        scores: Of each answer, `[K, S]`: the number, or the sum of those of its tokens; not a number where the reward
+            abstained.
         tokens: The weighted sum of what was said of each token, `[N]`; it is part of the scores.
     """
 
     scores: Tensor
     tokens: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """Whether any reward says something of an answer, bool `[S]`."""
+        return ~self.scores.isnan().all(0)
 
 
 class Rewards:
@@ -138,6 +146,7 @@ class Rewards:
         if not rewards:
             raise ConfigError("model.reward is missing: give the import path of a function, such as mymodule.check.")
         self.functions = [resolve(reward) for reward in rewards]
+        self.callers = [Caller(function) for function in self.functions]
         self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions) or not all(map(math.isfinite, self.weights)):
             raise ConfigError(
@@ -145,7 +154,16 @@ class Rewards:
             )
         self.shaping = shaping or RewardShaping()
         self.running = RunningMoments()
-        self.names = _distinct([name_of(function) for function in self.functions])
+        self.names = _distinct([caller.name for caller in self.callers])
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Checks that rows with these columns have what the rewards name.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        for caller in self.callers:
+            caller.check([*columns, "reference", "completion_ids", "truncated", "prefilled"])
 
     def __call__(
         self,
@@ -154,6 +172,7 @@ class Rewards:
         columns: Mapping[str, Sequence[Any]],
         tokens: Sequence[Sequence[int]],
         plain: Sequence[tuple[str, str] | None] | None = None,
+        where: Sequence[str] = (),
     ) -> Said:
         """What each reward says of each answer.
 
@@ -164,32 +183,37 @@ class Rewards:
             tokens: The tokens of each answer; the rewards know them as the column `completion_ids`.
             plain: Prompt and answer as the texts that they are, where there is no template; for rewards that say
                 `reads_plain`, which are models.
+            where: File and row of each.
 
         Raises:
-            ConfigError: If a reward does not return one finite number an answer, or one for each of its tokens.
+            ConfigError: If a reward does not return one finite number an answer, or one for each of its tokens, or None
+                to abstain.
         """
-        scores = torch.zeros(len(self.functions), len(completions), dtype=torch.float32)
+        scores = torch.full((len(self.functions), len(completions)), torch.nan)
         each = [torch.zeros(len(one), dtype=torch.float32) for one in tokens]
-        columns = {**columns, "completion_ids": tokens}
-        for number, (function, weight) in enumerate(zip(self.functions, self.weights, strict=True)):
-            before: list[Any] = list(prompts)
-            said = list(completions)
+        asked = []
+        for function in self.functions:
+            before, said = list[Any](prompts), list(completions)
             if plain is not None and getattr(function, "reads_plain", False):
                 for place, both in enumerate(plain):
                     before[place], said[place] = (before[place], said[place]) if both is None else both
-            name, values = name_of(function), ask(function, before, said, columns)
+            asked.append(Answers(before, said, {**columns, "completion_ids": tokens}, where))
+        for which, values in enumerate(ask_all(self.callers, asked)):
+            name, weight, answers = self.callers[which].name, self.weights[which], asked[which]
             for place, value in enumerate(values):
+                if value is None:
+                    continue
                 if not isinstance(value, list | tuple) and not getattr(value, "shape", ()):
+                    scores[which, place] = number(name, value, answers, place)
                     continue
                 if len(value) != len(tokens[place]):
                     raise ConfigError(
                         f"reward {name} gave {len(value)} numbers for an answer of {len(tokens[place])} tokens; give "
                         "one for each of completion_ids, or one for the answer."
                     )
-                found = torch.tensor(finite(name, value, [completions[place]] * len(value)), dtype=torch.float32)
+                found = torch.tensor([number(name, one, answers, place) for one in value], dtype=torch.float32)
                 each[place] += weight * found
-                values[place] = found.sum()
-            scores[number] = torch.tensor(finite(name, values, completions), dtype=torch.float32)
+                scores[which, place] = found.sum()
         return Said(scores, torch.cat([*each, torch.zeros(0, dtype=torch.float32)]))
 
     def to(self, device: torch.device | str) -> None:
@@ -199,8 +223,8 @@ class Rewards:
                 function.to(device)
 
     def weighted(self, scores: Tensor) -> Tensor:
-        """The weighted sum, float64 `[S]`."""
-        return (torch.tensor(self.weights, dtype=torch.float64)[:, None] * scores.double()).sum(0)
+        """The weighted sum of what was said, float64 `[S]`; 0 where every reward abstained."""
+        return (torch.tensor(self.weights, dtype=torch.float64)[:, None] * scores.double()).nansum(0)
 
     @property
     def scale(self) -> float:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,35 +12,36 @@ from typing_extensions import override
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics.numbers import answer_number
 from ftlit.metrics.text import contains, exact_match
-
-# Who names one of these is called by name.
-_NAMED = ("completions", "completion_ids")
-
-Prompt = list[dict[str, str]]
-"""The turns before the answer: `[{"role": "user", "content": "..."}]`."""
+from ftlit.rollout.asking import Prompt, ask, finite, name_of, verify
 
 
 class Verifier(ABC):
     """Scores answers. A function with the same arguments serves as well; a class can have settings in the YAML.
 
-    A function is given what it names: `(completions, answer)` and `(completions, **columns)` will do.
+    A function is given what it names: `(completions, answer)` and `(completions, **columns)` will do, and
+    `(completion, answer)`, which is asked row by row. It may be `async`. One that reads completions as lists of turns,
+    as those written for TRL do, is given such: it is known by its annotation (`list[list[dict]]`), or by its error.
 
     `ftlit.testing.VerifierSuite` tests one in four lines.
     """
 
     @abstractmethod
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> Sequence[float | None]:
         """Scores some answers.
 
         Args:
             prompts: The turns before each answer.
-            completions: The answers.
-            columns: The columns of the rows (None where a row lacks one), and `reference`: the answer that the row
-                holds as its last assistant turn, or None; a column of that name wins. While training on rewards also
-                `completion_ids`, the tokens of each answer.
+            completions: The answers as they were said, with all white space.
+            columns: The columns of the rows (None where a row lacks one), under the names that they have and those that
+                `data.columns` gives them; and `reference`: the answer that the row holds as its last assistant turn, or
+                None; a column of that name wins. Besides `completion_ids`, the tokens of each answer with its end
+                token; `truncated`, whether it was cut; `prefilled`, the text with which the chat template begins it,
+                such as an open `<think>`.
 
         Returns:
-            One finite number an answer, as a rule 1 for right and 0 for wrong.
+            One finite number an answer, as a rule 1 for right and 0 for wrong; None where it does not apply.
         """
 
 
@@ -173,99 +171,6 @@ def resolve(verifier: Verifier | str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"verifier {verifier!r} is {type(found).__name__} and cannot be called; give a function.")
     return found
-
-
-def name_of(verifier: Callable[..., Any]) -> str:
-    """What to call a verifier."""
-    return str(getattr(verifier, "__name__", type(verifier).__name__))
-
-
-def verify(
-    verifier: Callable[..., Any],
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[float]:
-    """Calls a verifier and checks what it says.
-
-    Raises:
-        ConfigError: If that is not one finite number an answer.
-    """
-    return finite(name_of(verifier), ask(verifier, prompts, completions, columns), completions)
-
-
-def ask(
-    verifier: Callable[..., Any],
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[Any]:
-    """Calls a verifier with what it takes: a function may leave out columns, and the prompts.
-
-    Raises:
-        ConfigError: If it wants a column that the rows do not have, or does not return a list with a value an answer.
-    """
-    args, named = _arguments(verifier, list(prompts), list(completions), columns)
-    try:
-        values = verifier(*args, **named)
-    except TypeError as error:
-        if "string indices" in str(error):
-            error.add_note(
-                "Completions are texts, not lists of turns: if so, say `completion` for `completion[0][...]`."
-            )
-        raise
-    with contextlib.suppress(TypeError):
-        values = list(values)
-    if not isinstance(values, list) or len(values) != len(completions):
-        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
-        raise ConfigError(f"verifier {name_of(verifier)} must return a list of {len(completions)} numbers, got {got}.")
-    return values
-
-
-def _arguments(
-    verifier: Callable[..., Any], prompts: list[Prompt], completions: list[str], columns: Mapping[str, Sequence[Any]]
-) -> tuple[list[Any], dict[str, Any]]:
-    """What it is called with: by name where it names the completions, else prompts and completions come first."""
-    try:
-        parameters = list(inspect.signature(verifier).parameters.values())
-    except (TypeError, ValueError):  # not written in Python
-        return [prompts, completions], dict(columns)
-    first: list[Any] = []
-    given: dict[str, Any] = dict(columns)
-    if any(one.name in _NAMED and one.kind is not one.POSITIONAL_ONLY for one in parameters):
-        given |= {"prompts": prompts, "completions": completions}
-    else:
-        first = [prompts, completions]
-        taken = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:2]
-        parameters = [one for one in parameters if one not in taken and one.kind is not one.VAR_POSITIONAL]
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-        given = {one.name: given[one.name] for one in parameters if one.name in given}
-    for one in parameters:
-        needed = one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
-        if needed and one.name not in given:
-            raise ConfigError(
-                f"{name_of(verifier)}: the rows have no column {one.name!r}: {nearest(one.name, columns)}"
-            )
-    return first, given
-
-
-def finite(name: str, values: Sequence[Any], completions: Sequence[str]) -> list[float]:
-    """The values as numbers.
-
-    Raises:
-        ConfigError: If one is not a finite number.
-    """
-    numbers = []
-    for value, text in zip(values, completions, strict=True):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            say = "; say 0 where it does not apply" if value is None else ""
-            raise ConfigError(f"verifier {name} must return numbers, got {value!r}{say}.") from None
-        if not math.isfinite(number):
-            raise ConfigError(f"verifier {name} returned {number} for {text[:60]!r}; give a number.")
-        numbers.append(number)
-    return numbers
 
 
 __all__ = [

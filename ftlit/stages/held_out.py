@@ -52,8 +52,9 @@ class HeldOut:
         lengths = [len(prompt) for prompt in found.prompts]
         tokens = rollouts.score(found, cut(found.owners, lengths, found.lengths.tolist(), data.max_tokens))
         apart = sums(tokens["old_logps"] - tokens["reference"], found.token_owners, len(rows))
-        each = [torch.ones(len(rows)), rewards.weighted(made.said.scores), apart, found.lengths, made.ended]
-        counts = torch.stack([one.double().sum() for one in (*each, *made.said.scores)])
+        raw = rewards.weighted(made.said.scores)[made.said.known]
+        each = [raw, apart, found.lengths, made.ended, *(one[~one.isnan()] for one in made.said.scores)]
+        counts = torch.tensor([[float(one.double().sum()), len(one)] for one in each], dtype=torch.float64)
         self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
         if not stage.is_quiet:
             rollouts.keep(name if loop == "val" else loop, made)
@@ -68,10 +69,10 @@ class HeldOut:
         keys = [*_KEYS, *(f"rewards/{name}" for name in names)]
         values: dict[str, float] = {}
         for name in self._names(loop):
-            none = torch.zeros(len(keys) + 1, dtype=torch.float64)
-            count, *totals = self.stage.rollouts.total(self._counts.get(name, none)).tolist()
+            none = torch.zeros(len(keys), 2, dtype=torch.float64)
+            counts = self.stage.rollouts.total(self._counts.get(name, none)).tolist()
             place = loop if name == MAIN else f"{loop}/{name}"
-            for key, total in zip(keys, totals, strict=True):
+            for key, (total, count) in zip(keys, counts, strict=True):
                 if len(names) > 1 or "/" not in key:
                     values[f"{place}/{key}"] = total / count if count else float("nan")
         self._counts = {}

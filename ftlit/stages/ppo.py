@@ -13,7 +13,8 @@ What is logged of a step, under the names that other trainers use:
 - of its rollout, means over answers: `objective/scores` (weighted rewards), `objective/rlhf_reward` (shaped, with the
   penalty where it is part of the reward), `objective/kl` (nats an answer), `objective/alike` (share of the prompts
   whose answers all have one such reward: nothing is learned from them in comparison), `answers/length`,
-  `answers/ended`; over tokens: `policy/entropy` (nats), `val/explained_variance`;
+  `answers/ended`, `answers/trained` (not masked, and some reward did not abstain); over tokens: `policy/entropy`
+  (nats), `val/explained_variance`;
 - of itself, means over tokens: `policy/approxkl` (nats, from the policy that drew), `policy/clipfrac`, `val/ratio`,
   `val/clipfrac`, and `loss/policy`, `loss/value` as they are reduced; `train/tokens_per_s` is that of its update alone;
 - of the run so far: the shares of time `time/rollout`, `time/rewards`, `time/scoring`, `time/update`.
@@ -235,6 +236,7 @@ class PPO(Stage):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptData):
             raise ConfigError(f"PPO trains on prompts: use PromptData, not {type(data).__name__}.")
+        self.rewards.check(data.known_columns)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ConfigError("PPO cannot answer with a model whose weights are sharded; use ddp.")
         prompts = data.batch_size * self.accumulate * self.trainer.world_size
@@ -346,7 +348,7 @@ class PPO(Stage):
         """What the update, its rollout and the clock give."""
         names = ["loss", "loss/policy", "policy/approxkl", "policy/clipfrac", "policy/entropy", "val/ratio"]
         names += [f"objective/{name}" for name in ("kl", "scores", "rlhf_reward", "scores_std", "kl_coef")]
-        names += ["answers/length", "answers/ended"]
+        names += ["answers/length", "answers/ended", "answers/trained"]
         names += [f"time/{name}" for name in self.rollouts.seconds]
         if self.sampling.num_answers > 1:
             names.append("objective/alike")

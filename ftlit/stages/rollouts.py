@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ftlit.batch import StepTotals
+from ftlit.data.cutting import prefilled
 from ftlit.data.prompts import PromptRow
 from ftlit.device import wait_for
 from ftlit.errors import ConfigError
@@ -22,7 +24,7 @@ from ftlit.objectives.advantages import Outcome, moments, sums
 from ftlit.objectives.kl import kl_estimate
 from ftlit.objectives.policy_gradient import reduction_weights
 from ftlit.rollout.experience import Experience, Micro, cut
-from ftlit.rollout.generate import Answer, seed_of
+from ftlit.rollout.generate import Answer, seed_of, text_of
 from ftlit.rollout.generator import Sampling
 from ftlit.rollout.rewards import Said
 
@@ -201,23 +203,26 @@ class Rollouts:
         owners = [place * len(rows) // len(answers) for place in range(len(answers))]
         repeated = [rows[owner] for owner in owners]
         names = sorted({name for row in repeated for name in row.columns})
-        columns: dict[str, list[Any]] = {"reference": [row.reference and row.reference.strip() for row in repeated]}
+        columns: dict[str, list[Any]] = {"reference": [row.reference for row in repeated]}
         columns |= {name: [row.columns.get(name) for row in repeated] for name in names}
         if any(row.tools for some in stage.data.rows.values() for row in some):
             columns["tools"] = [row.tools for row in repeated]
+        columns["truncated"] = [not one.ended for one in answers]
+        columns["prefilled"] = [self._prefilled(row) for row in repeated]
         tokens, texts = [one.drawn for one in answers], list[str]()
         said = Said(torch.zeros(len(stage.rewards.functions), 0), torch.zeros(0))
         if rows:
             stage.rewards.to(stage.device)
             with isolate_rng(), _plain(stage.device):
                 self._seed_rewards()
-                whole = [self._decoded(one, row) for one, row in zip(answers, repeated, strict=True)]
+                texts = [self._decoded(one, row) for one, row in zip(answers, repeated, strict=True)]
                 plain = [None if row.plain is None else (row.plain, text)
-                         for row, text in zip(repeated, whole, strict=True)]  # fmt: skip
-                texts = [text.strip() for text in whole]
-                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain)
-        cut_off = [place for place, one in enumerate(answers) if not one.ended]
-        masked = cut_off if stage.rewards.shaping.cut_answers == "mask" else []
+                         for row, text in zip(repeated, texts, strict=True)]  # fmt: skip
+                where = [row.where for row in repeated]
+                said = stage.rewards([row.turns for row in repeated], texts, columns, tokens, plain, where)
+        masks_cut = stage.rewards.shaping.cut_answers == "mask"
+        known = said.known.tolist()
+        masked = [i for i, one in enumerate(answers) if (masks_cut and not one.ended) or not known[i]]
         found = Experience([row.input_ids for row in rows], numbers, tokens, owners, masked=masked)
         return Answered(rows, answers, texts, said, found)
 
@@ -231,13 +236,11 @@ class Rollouts:
 
     def _decoded(self, answer: Answer, row: PromptRow) -> str:
         """An answer as text; where it goes on from a text, with the space between them, which some tokenizers drop."""
-        decode = self.stage.tokenizer.decode
-        if row.plain is not None:
-            before, both = (str(decode(ids, skip_special_tokens=True))
-                            for ids in (row.input_ids, [*row.input_ids, *answer.tokens]))  # fmt: skip
-            if both.startswith(before):
-                return both[len(before) :]
-        return str(decode(answer.tokens, skip_special_tokens=True))
+        return text_of(self.stage.tokenizer, answer.tokens, row.input_ids if row.plain is not None else ())
+
+    def _prefilled(self, row: PromptRow) -> str:
+        """The text with which the chat template begins an answer."""
+        return "" if row.plain is not None else prefilled(str(self.stage.tokenizer.decode(row.input_ids[-16:])))
 
     def _shaped(self, made: Answered, learn: bool) -> Tensor:
         rewards = self.stage.rewards
@@ -360,27 +363,34 @@ class Rollouts:
 
     def _measure(self, made: Answered, outcome: Outcome, tokens: dict[str, Tensor], returns: Tensor | None) -> None:
         """Means over the answers and tokens of all ranks."""
-        rewards, found = self.stage.rewards, made.experience
-        raw = rewards.weighted(made.said.scores)
+        rewards, found, known = self.stage.rewards, made.experience, made.said.known
+        raw = rewards.weighted(made.said.scores)[known]
         means = {
             "objective/kl": sums(tokens["old_logps"] - tokens["reference"], outcome.owners, len(made.answers)),
             "objective/scores": raw,
-            "objective/rlhf_reward": outcome.rewards,
+            "objective/rlhf_reward": outcome.rewards[known],
             "policy/entropy": tokens["entropy"],
             "answers/length": found.lengths,
             "answers/ended": made.ended,
+            "answers/trained": made.counted,
         }
         if len(rewards.names) > 1:
-            means |= {f"rewards/{name}": one for name, one in zip(rewards.names, made.said.scores, strict=True)}
+            pairs = zip(rewards.names, made.said.scores, strict=True)
+            means |= {f"rewards/{name}": one[~one.isnan()] for name, one in pairs}
         if self.stage.sampling.num_answers > 1:
             means["objective/alike"] = outcome.alike  # prompts that teach nothing
-        metrics = {name: float(moments(value, self.total)[1]) for name, value in means.items()}
+        metrics = {name: self._mean(value) for name, value in means.items()}
         metrics["objective/scores_std"] = float(moments(raw, self.total)[2].sqrt())
         metrics["objective/kl_coef"] = self.kl_coef
         if returns is not None and outcome.values is not None:
             error, spread = (moments(one, self.total)[2] for one in (returns - outcome.values, returns))
             metrics["val/explained_variance"] = float(1 - error / spread) if spread > 0 else 0.0
         self.metrics = metrics
+
+    def _mean(self, values: Tensor) -> float:
+        """Over all ranks; not a number without values."""
+        count, mean, _ = moments(values, self.total)
+        return float(mean) if count else float("nan")
 
     # ---- small parts ------------------------------------------------------------------------------------------------
 
@@ -392,7 +402,7 @@ class Rollouts:
             made: The answers.
         """
         rewards, found = self.stage.rewards, made.experience
-        scores = rewards.weighted(made.said.scores).tolist()
+        scores = rewards.weighted(made.said.scores).masked_fill(~made.said.known, torch.nan).tolist()
         for place, (one, text, score) in enumerate(zip(made.answers, made.texts, scores, strict=True)):
             record = {
                 "step": self.stage.trainer.global_step,
@@ -401,11 +411,11 @@ class Rollouts:
                 "answer": text,
                 "tokens": len(one.drawn),
                 "ended": one.ended,
-                "reward": score,
+                "reward": _said(score),
             }
             if len(rewards.names) > 1:
                 record |= {
-                    f"reward/{name}": float(said[place])
+                    f"reward/{name}": _said(float(said[place]))
                     for name, said in zip(rewards.names, made.said.scores, strict=True)
                 }
             self.samples.append(record)
@@ -432,6 +442,11 @@ class Rollouts:
         yield
         wait_for(self.stage.device)
         self.seconds[what] += time.perf_counter() - began
+
+
+def _said(score: float) -> float | None:
+    """A score; None where nothing was said."""
+    return None if math.isnan(score) else score
 
 
 def dealt(parts: Sequence[Sequence[Any]], rank: int, world: int) -> list[list[Any]]:

@@ -25,7 +25,7 @@ class VerifierSuite(ABC):
     def make(self) -> Callable[..., Any]:
         """A new verifier."""
 
-    def scores(self, completions: Sequence[str], rows: Sequence[int] | None = None) -> list[float]:
+    def scores(self, completions: Sequence[str], rows: Sequence[int] | None = None) -> list[Any]:
         """Scores of answers to some rows (all when left out)."""
         rows = range(len(completions)) if rows is None else rows
         prompts: list[Prompt] = [[{"role": "user", "content": f"Question {row}"}] for row in rows]

@@ -57,7 +57,7 @@ def test_the_prompt_is_that_of_training(data, kind):
     (places,) = np.nonzero(example.weights)
     last = places[np.nonzero(np.diff(places, prepend=-9) > 1)[0][-1]]  # where the last trained stretch begins
     assert row.prompt == example.input_ids[:last].tolist()
-    assert made.template.tokenizer.decode(example.input_ids[last:-1]).strip() in (
+    assert made.template.tokenizer.decode(example.input_ids[last:-1]).rstrip() in (
         row.reference,
         f"{row.reference}<|im_end|>",
     )
@@ -107,7 +107,7 @@ def test_a_call_is_no_text_to_compare_with(data):
 
 
 COMPARED = {
-    "texts": ({"prompt": "The sea is", "chosen": " blue.", "rejected": " red."}, "blue."),
+    "texts": ({"prompt": "The sea is", "chosen": " blue.", "rejected": " red."}, " blue."),
     "turns": (
         {
             "prompt": turns("Hi?"),
@@ -120,7 +120,7 @@ COMPARED = {
         {"chosen": turns("Hi?", "Yes.", "Why?", "So."), "rejected": turns("Hi?", "No.", "Why?", "So.")},
         "Yes.",
     ),
-    "ranking": ({"prompt": "The sea is", "answers": [" red.", " blue."], "scores": [1, 2]}, "blue."),
+    "ranking": ({"prompt": "The sea is", "answers": [" red.", " blue."], "scores": [1, 2]}, " blue."),
     "a good one": ({"prompt": turns("Hi?"), "completion": turns("Yes.", first="assistant"), "label": True}, "Yes."),
     "a bad one": ({"prompt": turns("Hi?"), "completion": turns("No.", first="assistant"), "label": False}, None),
 }

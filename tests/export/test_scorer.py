@@ -117,3 +117,23 @@ def test_rows_to_score(tmp_path):
     assert [(one.shown["answer"], one.shown["completion"]) for one in found] == [(1, "5"), (2, "4")]  # as in the row
     with pytest.raises(DataError, match="an answer is empty"):
         rows("f.jsonl", {"prompt": [turn], "chosen": chosen, "rejected": [{"role": "assistant", "content": " "}]})
+
+
+def test_an_answer_that_was_cut_is_not_closed_and_begins_with_the_open_thought(tmp_path):
+    folder = saved(tmp_path / "m", tiny_classifier("llama", labels=1, pad_token_id=290))
+    scorer = RewardScorer(folder)
+    read = []
+    run = scorer.scorer._run
+    scorer.scorer._run = lambda rows: (read.extend(rows), run(rows))[1]
+    decode = scorer.scorer.template.tokenizer.decode
+    prompts, texts = [PROMPTS[0]] * 3, ["yes", " yes\n", ""]
+    columns = {"truncated": [False, True, True], "prefilled": ["", "<think>\n", ""]}
+    whole = scorer(prompts, texts, **columns)
+    closed = "u: hi<|im_end|> a: {}<|im_end|> "
+    assert sorted(decode(row) for row in read) == sorted(
+        [closed.format("yes"), "u: hi<|im_end|> a: <think>\n yes", closed.format("")]
+    )
+    assert whole[0] == pytest.approx(scorer(prompts[:1], ["yes"])[0], abs=1e-5)
+    read.clear()
+    scorer(["The sea is"] * 2, [" blue", " blue"], truncated=[False, True])
+    assert [decode(row) for row in sorted(read, key=len)] == ["The sea is blue", "The sea is blue<|im_end|>"]

@@ -701,6 +701,105 @@ def test_what_becomes_of_cut_answers_is_said(rows, capsys):
     assert "rewards    odd_1, 0.5 x odd_2; answers cut at 6 tokens lose 2\n" in capsys.readouterr().out
 
 
+OPENS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_rewards_see_what_was_said(rows, monkeypatch):
+    """Every character of it, what the template began it with, and whether it was cut."""
+    seen = {}
+    drawn = ["  indented\n\tcode\n", "a . b , c n't\n\n", " ", ""]
+
+    def check(completions, completion_ids, truncated, prefilled, number, **columns):
+        seen.update(said=completions, truncated=truncated, prefilled=prefilled)
+        return [0.0] * len(completions)
+
+    class Says(BatchedGenerator):
+        def __call__(self, lm, strategy, tokenizer, prompts, seeds, sampling, quiet=False):
+            texts = [drawn[place % 4] for place in range(len(seeds))]
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return [Answer(one, place % 2 == 0 or not one, 2 if place % 2 == 0 or not one else None)
+                    for place, one in enumerate(ids)]  # fmt: skip
+
+    for template, begun in ((None, ""), (OPENS, "<think>\n")):
+        train(rows, steps=1, reward=check, generator=Says(), data={"chat_template": template}, max_new_tokens=30)
+        assert seen["said"] == [drawn[place % 4] for place in range(6)]
+        assert seen["truncated"] == [place % 4 == 1 for place in range(6)]
+        assert seen["prefilled"] == [begun] * 6
+    kept = [json.loads(line) for line in Path(rows).with_name("rollouts.jsonl").read_text().split("\n") if line]
+    assert [one["answer"] for one in kept[:4]] == drawn
+
+
+def test_columns_have_their_own_names_and_those_they_are_given(tmp_path):
+    path, seen = tmp_path / "rows.jsonl", {}
+    line = {"asked": "Say 1", "told": "one", "grade": 3}
+    path.write_text("".join(json.dumps(line) + "\n" for _ in range(6)))
+
+    def check(completions, asked, told, prompt, completion, grade, reference):
+        seen.update(asked=asked, told=told, prompt=prompt, completion=completion, grade=grade, reference=reference)
+        return [0.0] * len(completions)
+
+    train(str(path), steps=1, reward=check, data={"columns": {"prompt": "asked", "completion": "told"}})
+    assert {name: set(values) for name, values in seen.items()} == {
+        "asked": {"Say 1"}, "prompt": {"Say 1"}, "told": {"one"}, "completion": {"one"}, "grade": {3},
+        "reference": {"one"},
+    }  # fmt: skip
+    path.write_text(json.dumps({"prompt": "Say 1", "completion": "one"}))
+    with pytest.raises(ConfigError, match="check: the rows have no column 'asked'"):
+        train(str(path), steps=1, reward=check)
+
+
+@pytest.mark.parametrize("kind", ["gae", "grpo", "rloo", "remax"])
+def test_answers_of_which_no_reward_says_anything_are_not_trained(rows, kind):
+    def half(completions, number, **columns):
+        return [None if n % 2 else value for n, value in zip(number, odd(None, completions), strict=True)]
+
+    def bonus(completions, number, **columns):
+        return [None if n % 3 else 0.5 for n in number]
+
+    options = {**KINDS[kind], "num_answers": 2, "num_minibatches": 1, "reward": [half, bonus], "steps": 2}
+    stage, record, _ = train(rows, **options)
+    found = record.found[0]
+    numbers = [stage.data.rows["train"][found.rows[owner]].columns["number"] for owner in found.owners]
+    masked = [place for place, n in enumerate(numbers) if n % 2 and n % 3]
+    assert sorted(found.masked) == masked
+    assert 0 < len(masked) < len(numbers)
+    step = record.steps[0]
+    assert step["answers/trained"] == pytest.approx(1 - len(masked) / len(numbers))
+    assert record.batches[0].totals.examples == len(numbers) - len(masked)
+    texts = [text_of(stage, answer) for answer in found.answers]
+    first = [value for n, value in zip(numbers, odd(None, texts), strict=True) if n % 2 == 0]
+    assert step["rewards/half"] == pytest.approx(sum(first) / len(first))
+    assert step["rewards/bonus"] == 0.5
+    total = sum(first) + 0.5 * sum(n % 3 == 0 for n in numbers)
+    assert step["objective/scores"] == pytest.approx(total / (len(numbers) - len(masked)))
+    kept = [json.loads(line) for line in Path(rows).with_name("rollouts.jsonl").read_text().split("\n") if line]
+    assert [place for place, one in enumerate(kept) if one["reward"] is None] == masked
+    assert [one["reward/bonus"] for one in kept] == [None if n % 3 else 0.5 for n in numbers]
+
+
+def test_validation_is_the_mean_of_what_was_said(rows):
+    say = lambda completions, number: [None if n % 2 else 2.0 for n in number]  # noqa: E731
+    data = {"validation": rows, "batch_size": 3}
+    stage, _, _ = train(rows, steps=1, reward=say, data=data)
+    assert stage.last_metrics["val/reward"] == 2.0
+    stage, record, _ = train(rows, steps=1, reward=lambda completions: [None] * len(completions), data=data)
+    assert np.isnan(stage.last_metrics["val/reward"])
+    assert np.isnan(record.steps[0]["objective/scores"])
+    assert all(torch.isfinite(grad).all() for grad in record.grads[0].values())
+
+
+def test_an_error_in_a_reward_names_the_row(rows):
+    def fails(completion, number):
+        return 1 / (number - 5)
+
+    with pytest.raises(ZeroDivisionError) as error:
+        train(rows, steps=8, reward=fails)
+    assert error.value.__notes__[0].startswith(f"reward fails failed at {rows}, row 6: ")
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 

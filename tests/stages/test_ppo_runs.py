@@ -182,7 +182,7 @@ def test_a_reward_model_reads_its_system_turn_and_the_tools(tmp_path, monkeypatc
 
 
 def test_rewards_compare_answers_with_references_alike(tmp_path):
-    """Both without the space around them."""
+    """Both as they are, with the space before them."""
     path, seen = tmp_path / "rows.jsonl", {}
     path.write_text("".join(json.dumps({"prompt": f"{n} + 2 =", "completion": f" {n + 2}"}) + "\n" for n in range(6)))
 
@@ -191,7 +191,7 @@ def test_rewards_compare_answers_with_references_alike(tmp_path):
         return odd(prompts, completions)
 
     train(str(path), steps=1, reward=check)
-    assert sorted(seen["reference"]) == sorted(str(n + 2) for n in range(6))
+    assert sorted(seen["reference"]) == sorted(f" {n + 2}" for n in range(6))
 
 
 class Seen:
