@@ -269,7 +269,7 @@ def _arrow(path: Path, name: str, suffix: str) -> Table:
 
     try:
         if suffix == ".parquet":
-            table = parquet.ParquetFile(path, arrow_extensions_enabled=True).read()
+            table = parquet.ParquetFile(path).read()
         else:
             source = pyarrow.memory_map(str(path))
             try:

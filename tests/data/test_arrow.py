@@ -76,6 +76,7 @@ WRITERS = {
     "listed.parquet": lambda path, rows: listed(path, rows).to_parquet(str(path)),
     "typed.parquet": lambda path, rows: typed(path, rows).to_parquet(str(path)),
     "stripped.parquet": lambda path, rows: parquet.write_table(stripped(path, rows), path),
+    "foreign.parquet": lambda path, rows: parquet.write_table(listed(path, rows).data.table, path, store_schema=False),
     "loaded": lambda path, rows: loaded(path, rows).save_to_disk(str(path)),
     "chosen": lambda path, rows: listed(path, rows * 2).select(range(len(rows), 2 * len(rows))).save_to_disk(str(path)),
     "loaded.jsonl": lambda path, rows: loaded(path, rows).to_json(str(path)),

@@ -98,6 +98,10 @@ def test_every_known_role_is_in_small_letters_and_one_of_ours():
         str([ASK, ANSWER]),
         [json.dumps(ASK), json.dumps(ANSWER)],
         ["Hi?", "Yes."],
+        [{"role": "user", "parts": [{"text": "Hi?"}]}, {"role": "model", "parts": [{"text": "Yes."}]}],
+        [{"role": "User", "message": "Hi?"}, {"role": "Chatbot", "message": "Yes."}],
+        [{"speaker": "human", "text": "Hi?"}, {"speaker": "bot", "text": "Yes."}],
+        [ASK, {"role": "assistant", "from": "gpt", "content": None, "refusal": "Yes."}],
     ],
 )
 def test_one_conversation_in_many_shapes(turns):
@@ -117,6 +121,18 @@ def test_texts_without_roles_are_noted_and_must_be_pairs():
 def test_texts_that_differ_in_one_turn_are_refused():
     said = refused({"role": "assistant", "content": "Yes.", "value": "No."})
     assert said == "column 'messages[1].value' must hold what content holds, or nothing, got 'No.'."
+
+
+def test_two_roles_that_differ_in_one_turn_are_refused():
+    said = refused({"role": "assistant", "from": "human", "content": "x"})
+    assert said == "column 'messages[1].from' must hold what role says (assistant), or nothing, got 'human'."
+    assert "'messages[1].from' must hold what role says" in refused(
+        {"role": "assistant", "from": "Ada", "content": "x"}
+    )
+
+
+def test_a_tool_may_answer_nothing():
+    assert read(ASK, {"role": "tool", "content": None}).messages[1] == Message("tool", "")
 
 
 @pytest.mark.parametrize("kind", [Messages, ShareGPT])

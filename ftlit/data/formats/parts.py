@@ -55,7 +55,12 @@ def are_parts(content: Any) -> bool:
         return isinstance(content.get("type"), str)
     if not isinstance(content, list | tuple) or (content and all(isinstance(part, str) for part in content)):
         return False
-    return all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in content)
+    return all(isinstance(part, str) or (isinstance(part, Mapping) and _is_part(part)) for part in content)
+
+
+def _is_part(part: Mapping[str, Any]) -> bool:
+    """Whether an object is a part: it has a type, or nothing but a text."""
+    return "type" in part or {key for key, value in part.items() if value is not None} == {"text"}
 
 
 def content_of(content: Any, place: str) -> Content:

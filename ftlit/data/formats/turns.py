@@ -32,8 +32,8 @@ _MEDIA = ("images", "videos", "audios")
 _MEDIUM = ("image", "video", "audio")
 _NO_MEDIA = "nothing: ftlit trains on text alone"
 
-_ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+_ROLE_KEYS = ("role", "from", "speaker")
+_CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 _OWN = (*_ROLE_KEYS, "content", "value", "tool_calls", "function_call", *MARKS)
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
@@ -118,7 +118,7 @@ def as_turns(value: Any) -> Any:
 
 def _has_role(turn: Any) -> bool:
     """Whether a turn is an object that says who speaks."""
-    return isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
+    return isinstance(turn, Mapping) and any(key in turn for key in _ROLE_KEYS)
 
 
 def _speakers(turn: Any) -> list[Any]:
@@ -197,17 +197,27 @@ class _Turns:
         return Message(role, text)
 
     def _role(self, place: str, turn: Mapping[str, Any]) -> str:
-        key = next((key for key in _ROLE_KEYS if turn.get(key) is not None), "role")
-        name = turn.get(key)
-        role = self.roles.get(name) or self.roles.get(name.strip().casefold()) if isinstance(name, str) else None
-        if role is None:
-            raise RowError(f"{place}.{key}", f"one of {_roles()} (data.format's roles can name others)", name)
-        return role
+        given = [key for key in _ROLE_KEYS if turn.get(key) is not None] or ["role"]
+        roles = [self._named(turn.get(key)) for key in given]
+        if roles[0] is None:
+            wanted = f"one of {_roles()} (data.format's roles can name others)"
+            raise RowError(f"{place}.{given[0]}", wanted, turn.get(given[0]))
+        if given[:2] == ["role", "from"] and roles[1] != roles[0]:
+            raise RowError(f"{place}.from", f"what role says ({roles[0]}), or nothing", turn["from"])
+        return roles[0]
+
+    def _named(self, name: Any) -> str | None:
+        """The role that a name means."""
+        return self.roles.get(name) or self.roles.get(name.strip().casefold()) if isinstance(name, str) else None
 
     def _add(self, place: str, role: str, key: str, content: Any, turn: Mapping[str, Any]) -> None:
         more = {k: value for k, value in turn.items() if k not in _OWN and k != key and value is not None}
         _refuse_media_of(place, more)
         calls = calls_of(turn, place)
+        if content is None and role == "assistant" and isinstance(more.get("refusal"), str):
+            content = more.pop("refusal")
+        if content is None and role == "tool":
+            content = ""
         if are_parts(content):
             parts = content_of(content, f"{place}.{key}")
             calls += parts.calls
@@ -220,7 +230,7 @@ class _Turns:
             if parts.tools is not None:
                 more["tools"] = _once(place, "tools", parts.tools, more)
             content = parts.text
-        elif role == "tool" and content is not None and not isinstance(content, str):
+        elif role == "tool" and not isinstance(content, str):
             content = json.dumps(content, ensure_ascii=False)
         if calls:
             if role != "assistant":
