@@ -19,6 +19,7 @@ from ftlit.errors import ConfigError
 from ftlit.files import write_text
 from ftlit.metrics import text
 from ftlit.metrics.intervals import interval
+from ftlit.models.limits import check_length
 from ftlit.models.shard import gathered
 from ftlit.rollout.generate import answer, seed_of, text_of
 from ftlit.rollout.verifiers import Verifier, name_of, resolve, verify
@@ -209,6 +210,13 @@ class GenerationEval(L.Callback):
         known = any(row.reference is not None for row in self._questions)
         names = [*(_COMPARED if known else ()), *(_VERIFIED if self.verifier is not None else ()), *_ALWAYS]
         return [f"{self._prefix(trainer)}/{name}" for name in names]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses questions that the model has no places for, with their answers, before anything is trained."""
+        stage: Any = pl_module
+        virtual, room = getattr(stage.strategy, "num_virtual_tokens", 0), self.options["max_new_tokens"]
+        longest = max((len(row.prompt) for row in self._questions), default=0)
+        check_length(stage.policy.lm, longest, "a question", virtual, room)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Where the run starts from; a run that goes on has that behind it."""

@@ -21,6 +21,7 @@ from ftlit.batch import Example, PackedBatch, Segments, pack
 from ftlit.errors import ConfigError
 from ftlit.models.attention import packed_mask
 from ftlit.models.fused import fuse
+from ftlit.models.limits import PositionTables, longest_learned, remember_positions
 from ftlit.models.policy import has_dropout, longest_exact, use_segment_attention
 from ftlit.models.prefixes import shared
 from ftlit.peft.base import PEFTStrategy
@@ -209,9 +210,7 @@ def first_position(lm: PreTrainedModel) -> int:
 
 def longest_example(lm: PreTrainedModel) -> int | None:
     """The longest example that the model can take packed, tokens; None: any."""
-    table = next((m for n, m in lm.named_modules() if n.endswith((".position_embeddings", ".wpe"))), None)
-    learned = len(table.weight) - first_position(lm) if isinstance(table, nn.Embedding) else None
-    limits = [limit for limit in (learned, longest_exact(lm)) if limit is not None]
+    limits = [limit for limit in (longest_learned(lm), longest_exact(lm)) if limit is not None]
     return min(limits, default=None)
 
 
@@ -341,7 +340,9 @@ def check_head(lm: PreTrainedModel) -> None:
     batch = rated(pack([Example(row, [0.0] * len(row)) for row in rows]), [0, 1]).to(device)
     was, _ = lm.training, lm.eval()
     try:
-        packed = read_packed(lm, batch.replace(target_positions=read_places(lm, batch)))
+        with PositionTables(batch.position_ids) as tables:
+            packed = read_packed(lm, batch.replace(target_positions=read_places(lm, batch)))
+        remember_positions(lm, tables)
         singly = torch.cat([lm(input_ids=torch.tensor([row], device=device)).logits for row in rows]).to(packed.dtype)
     except ConfigError:
         raise

@@ -16,6 +16,7 @@ from ftlit.batch import Example, PackedBatch, pack
 from ftlit.errors import ConfigError
 from ftlit.models.attention import NAME, packed_mask
 from ftlit.models.divergence import token_kl
+from ftlit.models.limits import PositionTables, check_length, longest_learned, remember_positions
 from ftlit.models.prefixes import shared
 from ftlit.models.score import Head, TokenScores, token_scores
 from ftlit.peft.base import PEFTStrategy
@@ -98,6 +99,9 @@ class Policy(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states that predict the targets, `[N, D]`."""
+        if longest_learned(self.lm) is not None:
+            virtual = getattr(self.strategy, "num_virtual_tokens", 0)
+            check_length(self.lm, batch.segments.longest, "an example", virtual)
         if batch.input_ids.device.type == "cpu" and self._repeats():
             batch = shared(batch)
         batch = self.strategy.prepare(self.lm, batch)
@@ -306,7 +310,9 @@ def check_packing(lm: PreTrainedModel) -> None:
     was, _ = lm.training, lm.eval()
     try:
         _check_causal(lm, torch.tensor(rows[1:], device=device))
-        packed = score_packed(lm, batch).logps
+        with PositionTables(batch.position_ids) as tables:
+            packed = score_packed(lm, batch).logps
+        remember_positions(lm, tables)
         singly = []
         for row in rows:
             ids = torch.tensor([row], device=device)

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from ftlit.data.templating import ChatTemplate
 from ftlit.errors import ConfigError, DataError
+from ftlit.models.limits import check_length, check_token
 from ftlit.peft.base import PEFTStrategy
 
 if TYPE_CHECKING:
@@ -148,10 +149,13 @@ def answer(
         The answers in the order of the prompts, `num_answers` to the first, then as many to the second.
 
     Raises:
-        ConfigError: If a prompt has no tokens.
+        ConfigError: If a prompt has no tokens, or the model no places for it.
     """
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt must have at least one token, got none.")
+    check_token(lm, max((max(prompt) for prompt in prompts), default=0), "a prompt")
+    virtual = getattr(strategy, "num_virtual_tokens", 0)
+    check_length(lm, max(map(len, prompts), default=0), "a prompt", virtual, max_new_tokens)
     if temperature > 0 and seeds is None:
         seeds = torch.randint(1 << 62, (len(prompts) * num_answers,), device="cpu").tolist()
     draws = None

@@ -30,6 +30,7 @@ from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.early_stop import EarlyStopOnForgetting
 from ftlit.forgetting.prepare import prepare_controls
+from ftlit.models.limits import check_examples, check_token
 from ftlit.models.load import load_lm, load_tokenizer, prepare
 from ftlit.models.policy import Policy, recompute_activations
 from ftlit.models.shard import shard
@@ -232,7 +233,23 @@ class Stage(Evaluated):
                 shard(self.policy, self.device_mesh["data_parallel"])
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self._prepared:
             self._prepared = True
+            self.check_sizes()
             prepare_controls(self)
+
+    def check_sizes(self) -> None:
+        """Refuses rows with tokens or positions that the model has no places for, before anything is run.
+
+        Raises:
+            ConfigError: Naming the first.
+        """
+        data: Any = getattr(self._trainer, "datamodule", None)
+        assert self.policy is not None
+        virtual = getattr(self.strategy, "num_virtual_tokens", 0)
+        for name, examples in getattr(data, "sets", {}).items():
+            check_examples(self.policy.lm, examples, name.replace(":", " "), virtual)
+        for rows in getattr(data, "rows", {}).values():
+            for row in rows:
+                check_token(self.policy.lm, max(row.input_ids, default=0), row.where)
 
     def make_policy(self) -> Any:
         """The model with its strategy applied: a `Policy`, or a module that is called like one."""

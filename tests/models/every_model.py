@@ -54,7 +54,10 @@ def tiny_fields(config):
     """The fields of a config that make a small model, those of the configs inside it too."""
     fields = {}
     for name, value in config.to_dict().items():
-        inner = getattr(config, name, None)
+        try:
+            inner = getattr(config, name, None)
+        except Exception:  # transformers' error of a field that differs from layer to layer
+            continue
         if isinstance(inner, transformers.PretrainedConfig):
             fields[name] = tiny_fields(inner)
             continue

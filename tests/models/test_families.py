@@ -10,8 +10,9 @@ from ftlit.batch import pack
 from ftlit.errors import ConfigError
 from ftlit.models.load import load_lm, prepare
 from ftlit.models.policy import Policy, check_packing, head_of, ignored_loss
-from ftlit.peft import Full, LoRA
-from ftlit.testing import tiny_examples, tiny_lm
+from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.rollout.generate import answer
+from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
 from tests.models.every_model import tiny
 
 # One or two of each kind: several inputs (their text only), experts, gates, sinks, narrow values, clipped projections,
@@ -162,3 +163,24 @@ def test_models_whose_tokens_see_what_follows_are_refused(kind):
 def test_a_mask_of_the_models_own_is_refused(kind):
     with pytest.raises(ConfigError, match=r"makes a mask of its own"):
         prepare(make(kind))
+
+
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "gemma3", "mistral3", "qwen3", "gpt_oss", "llama"])
+def test_a_prefix_has_the_size_of_the_keys(kind):
+    lm = make(kind)
+    prepare(lm)
+    policy, batch = Policy(lm, PrefixTuning(3)), pack(tiny_examples((9, 4)))
+    assert policy.strategy._sizes[1] == (1 if kind == "gpt_bigcode" else 2)
+    policy(batch).logps.sum().backward()
+    assert lm.prompt_embeddings.grad.abs().max() > 0
+    lm.eval()
+    answers = answer(lm, policy.strategy, tiny_tokenizer(), [[5, 6, 7]], max_new_tokens=3)
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "jetmoe", "mimo_v2_flash", "minicpm3", "gemma4_text", "gemma3n_text"])
+def test_a_prefix_is_refused_where_layers_differ_or_share_keys(kind):
+    more = {"num_kv_shared_layers": 1, "num_hidden_layers": 4} if kind == "gemma3n_text" else {}
+    lm = tiny(kind, **more) if kind in CONFIG_MAPPING else pytest.skip(kind)
+    with pytest.raises(ConfigError, match=r"cannot be trained with PrefixTuning.*use PromptTuning or LoRA"):
+        PrefixTuning(3).apply(lm)
