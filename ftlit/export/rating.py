@@ -11,14 +11,17 @@ from ftlit.data.formats import (
     Comparison,
     Completion,
     Conversation,
+    Judged,
+    Pairs,
+    Ranking,
     RowFormat,
     Text,
     detect,
-    detect_preference,
     known_columns,
     known_pairs,
 )
 from ftlit.data.formats.classification import Classification, LabelledRow
+from ftlit.data.formats.judged import one_verdict
 from ftlit.data.sources import Source, with_system
 from ftlit.errors import DataError
 from ftlit.export.scorer import Content, SequenceScorer
@@ -77,8 +80,9 @@ def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowF
         DataError: If there is nothing that can be scored.
     """
     have = set(columns)
-    if {"chosen", "rejected"} <= have or "answers" in have:
-        return detect_preference(columns, where)
+    for kind in (Pairs, Ranking, Judged):
+        if (made := kind.of(one_verdict(have))) is not None:
+            return made
     if have & {"text", "messages"}:
         return Classification(labelled=False)
     try:

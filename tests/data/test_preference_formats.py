@@ -170,7 +170,7 @@ def test_no_format_fits():
         (("question", "better", "worse"), "{chosen: better, rejected: worse}"),
         (("prompt", "chosen"), "{rejected: WORSE}"),
         (("prompt", "responses"), "{answers: responses}"),
-        (("messages", "kto_tag"), "{label: kto_tag}"),
+        (("messages", "liked"), "{label: liked}"),
     ],
 )
 def test_columns_are_suggested(columns, advice):

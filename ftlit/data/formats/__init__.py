@@ -17,6 +17,7 @@ from ftlit.data.formats.base import (
     unanswered,
 )
 from ftlit.data.formats.function_calls import FunctionCalls
+from ftlit.data.formats.judged import Judged
 from ftlit.data.formats.messages import Messages
 from ftlit.data.formats.preference import Labelled, Pairs, PreferenceFormat, Ranking
 from ftlit.data.formats.prompt_completion import PromptCompletion
@@ -25,7 +26,7 @@ from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.errors import DataError
 
 BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, FunctionCalls, RawText)
-PREFERENCES: tuple[type[PreferenceFormat], ...] = (Pairs, Ranking, Labelled)
+PREFERENCES: tuple[type[PreferenceFormat], ...] = (Pairs, Ranking, Judged, Labelled)
 
 # What files call the columns of a question and its answer, likeliest first; only ever used to suggest.
 _QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "user", "frage", "问题", "指令")
@@ -92,16 +93,20 @@ def detect_preference(columns: Iterable[str], where: str, *, answers: bool = Tru
     Raises:
         DataError: If none fits.
     """
-    have = set(columns)
+    have = list(dict.fromkeys(columns))
     for kind in PREFERENCES:
-        if set(kind.columns) <= have:
-            return kind()
+        try:
+            if (made := kind.of(have)) is not None:
+                return made
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     if not answers:
         return detect(have, where, answers=False)
     listed = ", ".join(f"{name}: {column}" for name, column in _suggest_preference(sorted(have)).items())
     raise DataError(
         f"{where}: columns {', '.join(sorted(have)) or '(none)'} fit no preference format (Pairs needs chosen, "
-        "rejected; Ranking needs answers; Labelled needs label). Say which is which, such as data.columns: "
+        "rejected; Ranking needs answers; Judged needs two answers and winner; Labelled needs label). "
+        "Say which is which, such as data.columns: "
         f"{{{listed}}}, or give data.format a class of your own."
     )
 
@@ -149,6 +154,7 @@ __all__ = [
     "Completion",
     "Conversation",
     "FunctionCalls",
+    "Judged",
     "Labelled",
     "Message",
     "Messages",

@@ -16,7 +16,7 @@ Prompt = Turns | str | None
 Answer = Turns | str
 
 LISTS = ("conversations", "messages")
-QUESTIONS = ("question", "query", "input")
+QUESTIONS = ("question", "query", "input", "context")
 """What a user asks, where no other column says it."""
 
 PROMPTS = (*LISTS, "instruction", "prompt", *QUESTIONS)
@@ -191,6 +191,8 @@ def prompts_of(row: Mapping[str, Any]) -> dict[str, Turns | str]:
     for column in QUESTIONS:
         if has(row, column) and not (column == "input" and "instruction" in found):
             asked = told(row, column)
+            if column == "context" and not isinstance(asked, list | tuple):
+                continue  # a text beside a prompt, most often
             is_list = isinstance(asked, list | tuple)
             found[column] = turns_in(row, column, asked) if is_list else (Message("user", text_of(row, column)),)
     return found
@@ -255,6 +257,11 @@ def one_prompt(found: Mapping[str, Turns | str], row: Mapping[str, Any]) -> Prom
 
 
 # ---- a prompt and its answers ---------------------------------------------------------------------------------------
+
+
+def ends_in_mark(prompt: str) -> bool:
+    """Whether a text ends where a speaker or a chat template lets an answer begin."""
+    return any(not prompt[found.end() :].strip() for found in _MARK.finditer(prompt))
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
@@ -497,6 +504,7 @@ def _word_ends(text: str, place: int) -> bool:
 __all__ = [
     "ANSWER",
     "BEFORE",
+    "LISTS",
     "PROMPTS",
     "SYSTEMS",
     "Answer",
@@ -504,6 +512,7 @@ __all__ = [
     "Turns",
     "answer_of",
     "asked_and_answered",
+    "ends_in_mark",
     "history_of",
     "is_chat",
     "prompt_of",
