@@ -14,6 +14,7 @@ from pyarrow import ipc, parquet
 from ftlit.data.arrow import ArrowRows
 from ftlit.data.formats import Messages
 from ftlit.data.sources import Source
+from ftlit.data.sources import _dataset as dataset_table
 from ftlit.errors import DataError
 
 ASK = {"role": "user", "content": "Hi?"}
@@ -78,7 +79,7 @@ WRITERS = {
     "stripped.parquet": lambda path, rows: parquet.write_table(stripped(path, rows), path),
     "foreign.parquet": lambda path, rows: parquet.write_table(listed(path, rows).data.table, path, store_schema=False),
     "loaded": lambda path, rows: loaded(path, rows).save_to_disk(str(path)),
-    "chosen": lambda path, rows: listed(path, rows * 2).select(range(len(rows), 2 * len(rows))).save_to_disk(str(path)),
+    "chosen": lambda path, rows: listed(path, rows[::-1]).select(range(len(rows))[::-1]).save_to_disk(str(path)),
     "loaded.jsonl": lambda path, rows: loaded(path, rows).to_json(str(path)),
     "pandas.jsonl": lambda path, rows: pandas.DataFrame(rows).to_json(path, orient="records", lines=True),
     "pandas.json": lambda path, rows: pandas.DataFrame(rows).to_json(path),
@@ -147,6 +148,30 @@ def test_maps_are_objects_and_keep_their_nulls():
     assert decoded([{"m": [("a", [(1, "x")])]}], nested) == [{"m": {"a": [[1, "x"]]}}]
     twice = decoded([{"m": [("a", "x"), ("a", "y")]}], pyarrow.schema([("m", text)]))
     assert twice == [{"m": [["a", "x"], ["a", "y"]]}]
+
+
+def test_json_that_only_the_features_know():
+    features = {
+        "a": {"_type": "Json"},
+        "b": {"feature": {"x": {"_type": "Json"}}, "_type": "List"},
+        "c": [{"_type": "Json"}],
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    rows = [{"a": '{"x": null}', "b": [{"x": "[1]"}, {"x": "no json"}], "c": ['"3"', "3", None], "d": "[1]"}]
+    assert decoded(rows, metadata=metadata) == [
+        {"a": {"x": None}, "b": [{"x": [1]}, {"x": "no json"}], "c": ["3", 3, None], "d": "[1]"}
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 512])
+def test_rows_that_are_chosen_of_a_table_come_in_their_order(monkeypatch, size):
+    monkeypatch.setattr(ArrowRows, "BLOCK", size)
+    data = listed(None, PLAIN * 2 + MIXED).select([5, 0, 0, 3, 4])
+    assert data._indices is not None
+    wanted = [(PLAIN * 2 + MIXED)[number] for number in (5, 0, 0, 3, 4)]
+    table = dataset_table(data, "chosen")
+    assert list(table.rows) == wanted
+    assert len(table.rows) == 5
 
 
 def test_single_values_inside_of_lists_are_what_json_would_have():
