@@ -173,7 +173,7 @@ simple(
     LoRA_on_layers_that_are_not_there=lambda w: w.on("--model.peft.target_modules", "[q_prj]"),
     beta_of_0=lambda w: [*w.pair(), "--model.loss.beta", "0"],
     half_of_the_labels_wrong=lambda w: [*w.pair(), "--model.loss.label_smoothing", "0.5"],
-    KTO_on_single_rows=lambda w: [*w.pair(), "--model.loss", "kto", "--data.batch_size", "1"],
+    AOT_on_single_rows=lambda w: [*w.pair(), "--model.loss", "aot", "--data.batch_size", "1"],
     sum_of_losses_without_a_weight_each=lambda w: [
         *w.pair(),
         "--model.loss",
@@ -448,7 +448,7 @@ simple(
     ranking_of_one=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes."]}),
     scores_that_are_too_few=lambda w: w.pairs({"prompt": "Hi?", "answers": ["Yes.", "No."], "scores": [1]}),
     answer_that_ends_in_a_question=lambda w: w.pair(rejected=[answer(), user("No?")]),
-    prompt_that_ends_in_an_answer=lambda w: w.pair(prompt=[user(), answer()]),
+    prompt_that_ends_in_an_answer=lambda w: w.pair(prompt=[user(), answer("Well.")]),
     weight_that_is_no_number=lambda w: w.pair(weight="much"),
     pair_without_a_prompt=lambda w: w.pair(prompt=None, chosen=answer(), rejected=answer("No.")),
     pairs_under_other_names=lambda w: w.pairs({"prompt": "Hi?", "better": "Yes.", "worse": "No."}),
