@@ -56,6 +56,18 @@ def _object(text: str) -> dict[str, Any]:
     return value
 
 
+def _part(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {value}")
+    return value
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must have a character")
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _device(text: str) -> str:
     import torch
 
@@ -70,6 +82,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="hub id, model folder, GGUF file, run folder, or adapter folder")
     parser.add_argument("--base", help="base model of a run or an adapter, where not the one it names")
     parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run (default: last)")
+    parser.add_argument("--device", type=_device, help="where the model runs: cpu (default) or cuda")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights (float32)"
+    )
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +101,12 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=_heat, default=0.0, help="0 (default) takes the likeliest token each time"
     )
     parser.add_argument("--top_p", type=_share, default=1.0, help="sample from the likeliest of this probability")
+    parser.add_argument("--top_k", type=_count, help="sample from so many of the likeliest; from all when left out")
+    parser.add_argument("--min_p", type=_part, default=0.0, help="sample from this share of the likeliest or more")
+    parser.add_argument(
+        "--stop", action="append", default=[], type=_stop,
+        help="a text that ends an answer and is left out of it; \\n is a line break; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
@@ -123,11 +145,13 @@ def _configs(args: list[str]) -> int:
 
 def _open(options: argparse.Namespace, generates: bool = True) -> Opened:
     _quiet()
-    from ftlit.export.opening import open_model
+    from ftlit.export.opening import open_model, place
 
     opened = open_model(options.model, options.base, options.which)
     if opened.head and generates:
         raise ConfigError(f"{options.model} is a classifier and writes no text; use ftlit score.")
+    if generates:
+        place(opened.lm, options.device, options.dtype)
     return opened
 
 
@@ -155,7 +179,7 @@ def _ask(
 ) -> list[str]:
     """Answers some questions at once; `first` is the number of the first, for the seeds of the samples."""
     from ftlit.data.templating import ChatTemplate
-    from ftlit.rollout.generate import generate, seed_of
+    from ftlit.rollout.generate import generate, seed_of, text_of
 
     template = ChatTemplate(opened.tokenizer, options=options.chat_template_kwargs)
     asked = [_with_system(opened, options, one) for one in asked]
@@ -173,10 +197,18 @@ def _ask(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        stop=options.stop,
         streamer=streamer,
         seeds=[seed_of(options.seed, first + number) for number in range(len(asked))],
     )
-    return [opened.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+    return [_until(text_of(opened.tokenizer, answer), options.stop) for answer in answers]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """A text up to where it comes to one to stop at."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
 
 
 class _Asked(NamedTuple):
@@ -252,7 +284,7 @@ def _generate(args: list[str]) -> int:
                 if options.json or options.output:
                     line = json.dumps({"prompt": one.given, "answer": answer}, ensure_ascii=False)
                 else:
-                    line = f"> {one.asked.messages[-1].content}\n{answer}\n"
+                    line = f"> {one.asked.messages[-1].content}\n{answer.rstrip()}\n"
                 print(line, file=file, flush=True)
     if options.output:
         print(f"{len(questions)} answers in {options.output}")
@@ -303,16 +335,16 @@ def _score(args: list[str]) -> int:
         "--truncate", choices=["start", "end"], default="start", help="what a longer row loses (default: start)"
     )
     parser.add_argument("--max_tokens", type=_count, default=4096, help="most tokens of a batch (default: 4096)")
-    parser.add_argument("--device", type=_device, default="cpu", help="where the model runs: cpu (default) or cuda")
     options = parser.parse_args(args)
+    from ftlit.export.opening import place
     from ftlit.export.rating import contents_of, rate
     from ftlit.export.scorer import SequenceScorer, open_classifier
 
     contents = contents_of(options.rows)  # before the model: mistakes answer at once
     _quiet()
     opened = open_classifier(options.model, options.base, options.which)
+    place(opened.lm, options.device, options.dtype)
     scorer = SequenceScorer(opened, options.max_length, options.truncate, options.max_tokens)
-    scorer.lm.to(options.device)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else sys.stdout
         for line in rate(scorer, contents, opened.system):
@@ -332,11 +364,13 @@ def _export(args: list[str]) -> int:
     _model_arguments(parser)
     parser.add_argument("--to", required=True, help="folder to write, empty or new")
     parser.add_argument("--adapter", action="store_true", help="write the adapter folder instead of the merged model")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     options = parser.parse_args(args)
     opened = _open(options, generates=False)
+    from ftlit.export.opening import place
     from ftlit.export.writing import write_adapter, write_model
 
+    # An adapter is merged in the precision that it was trained in; rounding comes after.
+    place(opened.lm, options.device, options.dtype if options.adapter else None)
     if options.adapter:
         write_adapter(opened, options.to)
     else:

@@ -22,6 +22,7 @@ from ftlit.metrics.intervals import interval
 from ftlit.models.limits import check_length
 from ftlit.models.shard import gathered
 from ftlit.rollout.generate import answer, seed_of, text_of
+from ftlit.rollout.generator import Sampling
 from ftlit.rollout.verifiers import Verifier, name_of, resolve, verify
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class GenerationEval(L.Callback):
         max_tokens: Most tokens at once, prompts and answers with padding: bounds memory.
         temperature: 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from so many of the likeliest; None: from all.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability.
+        stop: Texts that end an answer with the token that completes them.
         seed: Seed of the choice of rows and of the samples: one random number a token, a function of seed, step, row
             and place in the answer. Batches and ranks change a sample only where rounding moves it over a boundary.
         verifier: A `Verifier`, or the import path of a function `(prompts, completions, **columns) -> list[float]`.
@@ -99,6 +103,9 @@ class GenerationEval(L.Callback):
         max_tokens: int = 16384,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        stop: list[str] | None = None,
         seed: int = 0,
         verifier: Verifier | str | None = None,
         strict: bool = False,
@@ -118,10 +125,7 @@ class GenerationEval(L.Callback):
         ):
             if value is not None and value < least:
                 raise ConfigError(f"GenerationEval.{key} must be at least {least}, got {value}.")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ConfigError(
-                f"GenerationEval needs temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}."
-            )
+        Sampling(1, max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop or ())).check("GenerationEval")
         self.rows, self.num_rows, self.set_name = rows, num_rows, name
         self.at_start, self.at_end = at_start, at_end
         self.every_n_validations, self.every_n_steps = every_n_validations, every_n_steps
@@ -131,6 +135,9 @@ class GenerationEval(L.Callback):
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "stop": tuple(stop or ()),
         }
         self.seed, self.strict, self.bleu_tokenizer = seed, strict, bleu_tokenizer
         self.verifier = None if verifier is None else resolve(verifier)

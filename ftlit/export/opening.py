@@ -48,6 +48,25 @@ class Opened(NamedTuple):
     head: tuple[str, ...] = ()
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def place(lm: PreTrainedModel, device: str | None, dtype: str | None = None) -> None:
+    """Moves a model to a device, its weights in a type.
+
+    Args:
+        lm: The model; changed.
+        device: Where; the CPU when left out.
+        dtype: A key of `DTYPES`; None: as it is. What is computed once, such as the frequencies of rotary positions,
+            keeps its precision.
+    """
+    lm.to(torch.device(device or "cpu"))
+    if dtype is not None:
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype])
+        lm.config.dtype = DTYPES[dtype]
+
+
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder."""
     return (Path(path) / "config.yaml").is_file()
@@ -192,4 +211,4 @@ def _copy(lm: PreTrainedModel, strategy: PEFTStrategy, state: dict[str, torch.Te
         parameter.copy_(state[name])
 
 
-__all__ = ["Opened", "is_run", "open_model"]
+__all__ = ["DTYPES", "Opened", "is_run", "open_model", "place"]

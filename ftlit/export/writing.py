@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ftlit.errors import ConfigError
-from ftlit.export.opening import Opened
+from ftlit.export.opening import DTYPES, Opened
 from ftlit.models.load import make_saveable
 from ftlit.peft.io import save_adapter
 from ftlit.rollout.generate import end_tokens
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def prepare_folder(to: str | Path) -> Path:

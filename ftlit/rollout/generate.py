@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
     Attributes:
         tokens: Its tokens, without the end token.
-        ended: Whether the model ended it; False where `max_new_tokens` did.
+        ended: Whether the model ended it, or it came to a text to stop at; False where `max_new_tokens` ended it.
         end: The end token that it ended with; None where it did not.
     """
 
@@ -94,6 +94,9 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
     streamer: Any = None,
     batch_size: int | None = None,
     max_tokens: int = 16384,
@@ -106,7 +109,8 @@ def generate(
     """
     answers = answer(
         lm, strategy, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        streamer=streamer, batch_size=batch_size, max_tokens=max_tokens, seeds=seeds,
+        top_k=top_k, min_p=min_p, stop=stop, streamer=streamer, batch_size=batch_size, max_tokens=max_tokens,
+        seeds=seeds,
     )  # fmt: skip
     return [one.tokens for one in answers]
 
@@ -121,6 +125,9 @@ def answer(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
     streamer: Any = None,
     batch_size: int | None = None,
     max_tokens: int = 16384,
@@ -138,6 +145,9 @@ def answer(
         max_new_tokens: Most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from so many of the likeliest; None: from all. It is applied before `top_p`.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability.
+        stop: Texts that end an answer: it ends with the token that completes one of them, and has no end token.
         streamer: A transformers streamer, for one prompt.
         batch_size: Most answers in a batch (but all to one prompt); None: as many as `max_tokens` allows.
         max_tokens: Most places of a batch (prompts with padding, and room for the answers): bounds memory.
@@ -149,7 +159,7 @@ def answer(
         The answers in the order of the prompts, `num_answers` to the first, then as many to the second.
 
     Raises:
-        ConfigError: If a prompt has no tokens, or the model no places for it.
+        ConfigError: If a prompt has no tokens, or the model no places for it, or a text to stop at is empty.
     """
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt must have at least one token, got none.")
@@ -161,7 +171,11 @@ def answer(
     draws = None
     if temperature > 0 and seeds is not None:
         draws = [_draws(seed, max_new_tokens) for seed in seeds]
-    ends = end_tokens(lm, tokenizer)
+    ends, stops = end_tokens(lm, tokenizer), Stops(tokenizer, stop) if stop else None
+
+    def choose(logits: Tensor, uniform: Tensor | None) -> Tensor:
+        return pick(logits, temperature, top_p, uniform, top_k, min_p)
+
     alike_only = strategy is not None and not strategy.pads_prompts
     found: list[Answer | None] = [None] * (len(prompts) * num_answers)
     if batch_size is not None:
@@ -171,10 +185,10 @@ def answer(
     try:
         lengths = [len(prompt) for prompt in prompts]
         for rows in batches(lengths, max_new_tokens, batch_size, max_tokens // num_answers, alike_only):
-            part = _Batch(lm, strategy, [prompts[row] for row in rows], ends, max_new_tokens, num_answers)
+            part = _Batch(lm, strategy, [prompts[row] for row in rows], ends, max_new_tokens, num_answers, stops)
             places = [row * num_answers + number for row in rows for number in range(num_answers)]
             uniform = None if draws is None else torch.stack([draws[place] for place in places])
-            for place, one in zip(places, part.run(temperature, top_p, uniform, streamer), strict=True):
+            for place, one in zip(places, part.run(choose, uniform, streamer), strict=True):
                 found[place] = one
             if done is not None:
                 done(len(places))
@@ -214,7 +228,14 @@ def batches(
         yield batch
 
 
-def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | None) -> Tensor:
+def pick(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    uniform: Tensor | None,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+) -> Tensor:
     """The next token of each row.
 
     Args:
@@ -223,6 +244,9 @@ def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | Non
         top_p: Only the likeliest tokens are kept whose likelier ones have less than this probability together
             (Holtzman et al. 2020, arXiv:1904.09751).
         uniform: A number in [0, 1) for each row, float64 `[B]`: where in the distribution the sample lies.
+        top_k: Only so many of the likeliest are kept; `top_p` is a share of their probability then, as in transformers.
+        min_p: Only tokens of at least this share of the likeliest one's probability are kept (Nguyen et al. 2024,
+            arXiv:2407.01082).
 
     Returns:
         Tokens, int64 `[B]`.
@@ -230,14 +254,18 @@ def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | Non
     if temperature == 0 or uniform is None:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
-    if top_p == 1:  # in the order of the vocabulary: sorting it would take longer than the model
+    if top_p == 1 and not top_k and not min_p:
+        # In the order of the vocabulary: sorting it would take longer than the model.
         upto = probabilities.cumsum(-1)
         mass = upto[:, -1:]
         last = (upto < mass).sum(-1, keepdim=True)  # the last token that has a probability
         return torch.searchsorted(upto, uniform[:, None] * mass, right=True).minimum(last)[:, 0]
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     upto = ordered.cumsum(-1)
-    kept = ((upto - ordered) < top_p).sum(-1, keepdim=True)  # at least one: nothing comes before the likeliest
+    most = min(top_k or ordered.shape[-1], ordered.shape[-1])
+    keep = (upto - ordered) < top_p * upto[:, most - 1 : most]  # at least one: nothing comes before the likeliest
+    keep &= ordered >= min_p * ordered[:, :1]
+    kept = keep[:, :most].sum(-1, keepdim=True)
     mass = upto.gather(-1, kept - 1)
     place = torch.searchsorted(upto, uniform[:, None] * mass, right=True).minimum(kept - 1)
     return tokens.gather(-1, place)[:, 0]
@@ -246,6 +274,37 @@ def pick(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | Non
 def _draws(seed: int, count: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+
+
+class Stops:
+    """Texts that end an answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+
+    Raises:
+        ConfigError: If one is empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        if any(not text for text in texts):
+            raise ConfigError("a text to stop at must have a character, got an empty one.")
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.window = max(len(text.encode()) for text in texts) + 2
+        """Tokens that a text can be spread over, as each has a byte or more, and what is before them."""
+
+    def within(self, tokens: Sequence[int]) -> bool:
+        """Whether the text of some tokens holds one of them."""
+        text = str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        return any(one in text for one in self.texts)
+
+    def first(self, tokens: Sequence[int]) -> int | None:
+        """How many tokens there are with the one that completes the first; None where there is none."""
+        if not self.within(tokens):
+            return None
+        ends = range(1, len(tokens) + 1)
+        return next((end for end in ends if self.within(tokens[max(0, end - self.window) : end])), None)
 
 
 class _Batch:
@@ -259,7 +318,9 @@ class _Batch:
         ends: Sequence[int],
         max_new_tokens: int,
         copies: int = 1,
+        stops: Stops | None = None,
     ) -> None:
+        self.stops = stops
         self.lm, self.ends, self.new, self.copies = lm, ends, max_new_tokens, copies
         self.device = lm.get_input_embeddings().weight.device
         width = max(len(prompt) for prompt in prompts)
@@ -292,8 +353,10 @@ class _Batch:
         )
         return out.logits[:, -1]
 
-    def run(self, temperature: float, top_p: float, uniform: Tensor | None, streamer: Any) -> list[Answer]:
-        """Generates until every row has ended or has `max_new_tokens`."""
+    def run(
+        self, choose: Callable[[Tensor, Tensor | None], Tensor], uniform: Tensor | None, streamer: Any
+    ) -> list[Answer]:
+        """Generates until every row has ended or has `max_new_tokens`; `choose` picks the next token of each."""
         if streamer is not None:
             streamer.put(self.ids.cpu())
         total = len(self.ids) * self.copies
@@ -309,11 +372,15 @@ class _Batch:
             logits = self._forward(**inputs)
             if made == 0 and self.copies > 1:
                 logits = self._multiply(logits)
-            token = pick(logits, temperature, top_p, None if uniform is None else uniform[rows, made])
+            token = choose(logits, None if uniform is None else uniform[rows, made])
             out[rows, made] = token
             ended[rows] |= torch.isin(token, ends)
             made += 1
             if made % every == 0:
+                if self.stops is not None:
+                    since = max(0, made - self.stops.window - every)
+                    found = [self.stops.within(row) for row in out[rows, since:made].tolist()]
+                    ended[rows] |= torch.tensor(found, device=self.device)
                 alive = (~ended[rows]).nonzero()[:, 0]
                 if streamer is not None and len(alive):
                     streamer.put(token.cpu())
@@ -343,5 +410,8 @@ class _Batch:
         self.mask, self.positions = self.mask[alive], self.positions[alive]
 
     def _answer(self, tokens: list[int]) -> Answer:
-        stop = next((place for place, token in enumerate(tokens) if token in self.ends), None)
-        return Answer(tokens, False) if stop is None else Answer(tokens[:stop], True, tokens[stop])
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        stop = None if self.stops is None else self.stops.first(tokens[:end])
+        if stop is not None:
+            return Answer(tokens[:stop], True)
+        return Answer(tokens, False) if end is None else Answer(tokens[:end], True, tokens[end])

@@ -28,12 +28,38 @@ class Sampling(NamedTuple):
         max_new_tokens: Most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from so many of the likeliest; None: from all.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability.
+        stop: Texts that end an answer with the token that completes them.
     """
 
     num_answers: int = 1
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def check(self, who: str) -> None:
+        """Checks that the numbers are in range.
+
+        Args:
+            who: What they are settings of.
+
+        Raises:
+            ConfigError: If one is not.
+        """
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"{who} needs temperature >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}."
+            )
+        if (self.top_k is not None and self.top_k < 1) or not 0 <= self.min_p <= 1:
+            raise ConfigError(
+                f"{who} needs top_k of at least 1 (or none) and min_p in [0, 1], got {self.top_k} and {self.min_p}."
+            )
+        if not all(self.stop):
+            raise ConfigError(f"{who}.stop must be texts of at least one character, got {list(self.stop)}.")
 
     @property
     def greedy(self) -> Sampling:
@@ -115,7 +141,8 @@ class BatchedGenerator(Generator):
             answers = answer(
                 lm, None if folds else strategy, tokenizer, prompts,
                 num_answers=sampling.num_answers, max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature, top_p=sampling.top_p, seeds=seeds,
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                min_p=sampling.min_p, stop=sampling.stop, seeds=seeds,
                 batch_size=self.batch_size, max_tokens=self.max_tokens, done=progress.update,
             )  # fmt: skip
         progress.close()

@@ -73,6 +73,10 @@ class PPO(Stage):
             distribution that the answers were drawn from.
         top_p: Sample from the likeliest tokens that together have this probability. Below 1 the first ratio is still 1,
             but ratios, entropy and KL are those of the distribution before it was cut.
+        top_k: Sample from so many of the likeliest tokens; the same holds.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability; the same holds.
+        stop: Texts that end an answer. It ends, is rewarded and trained up to and with the token that completes one of
+            them, and counts as ended; no end token is put after it, as the policy did not say one.
         generator: Who draws the answers.
         entropy_coef: Weight of the mean entropy of the policy (nats a token), which is to stay high.
         value_coef: Weight of the value's loss.
@@ -108,6 +112,9 @@ class PPO(Stage):
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        stop: list[str] | None = None,
         generator: Generator | None = None,
         entropy_coef: float = 0.0,
         value_coef: float = 0.1,
@@ -125,7 +132,7 @@ class PPO(Stage):
         )
         self.advantage, self.policy_loss, self.kl = advantage or GAE(), loss or PPOClip(), kl or KLPenalty()
         self.num_answers, self.update_epochs, self.num_minibatches = num_answers, update_epochs, num_minibatches
-        self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p)
+        self.sampling = Sampling(num_answers, max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop or ()))
         self.drawn_tokens = num_answers * max_new_tokens
         self.generator = generator or BatchedGenerator()
         self.entropy_coef, self.target_kl = entropy_coef, target_kl
@@ -156,6 +163,7 @@ class PPO(Stage):
                 "PPO draws its answers: model.temperature must be positive and top_p in (0, 1]; got "
                 f"{self.sampling.temperature} and {self.sampling.top_p}."
             )
+        self.sampling.check("model")
         for name in ("entropy_coef", "value_coef"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}.")
@@ -183,6 +191,8 @@ class PPO(Stage):
                 say = "dropout    is off: the update compares probabilities of the same tokens"
                 rank_zero_only(print)(say, flush=True)
             rank_zero_only(print)(f"rewards    {self._rewards_in_words()}", flush=True)
+            if said := self._sampling_in_words():
+                rank_zero_only(print)(f"sampling   {said}", flush=True)
             self.strategy.remember_start(self.policy.lm)
             if self.advantage.uses_values:
                 self.critic = self._make_critic()
@@ -194,6 +204,17 @@ class PPO(Stage):
         named = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in pairs]
         limit = self.sampling.max_new_tokens
         return f"{', '.join(named)}; answers cut at {limit:,} tokens {self.rewards.treatment}"
+
+    def _sampling_in_words(self) -> str:
+        """What is not drawn of the policy's own distribution, and where answers stop; empty where nothing is so."""
+        how, parts = self.sampling, list[str]()
+        cut = {"top_p": how.top_p if how.top_p < 1 else None, "top_k": how.top_k, "min_p": how.min_p or None}
+        if set_ := [f"{name} {value:g}" for name, value in cut.items() if value is not None]:
+            parts.append(f"{', '.join(set_)}; probabilities of the update are those before this cut")
+        if how.stop:
+            listed = ", ".join(map(repr, how.stop))
+            parts.append(f"answers also end with {listed}, and have no end token then")
+        return "; ".join(parts)
 
     def _make_critic(self) -> ValueHead | ValueModel:
         assert self.policy is not None

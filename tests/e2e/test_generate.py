@@ -48,3 +48,42 @@ def test_a_file_without_a_question(ftlit, tiny_model_folder):
     Path("empty.txt").write_text("\n \n")
     assert ftlit("generate", tiny_model_folder, "--prompts", "empty.txt") == 1
     assert "holds no question" in ftlit.err
+
+
+def test_where_and_how_answers_are_drawn_and_where_they_stop(ftlit, tiny_model_folder):
+    asked = [tiny_model_folder, "--prompt", "Hi", "--temperature", "1"]
+    (free,) = answers(ftlit, *asked)
+    (placed,) = answers(ftlit, *asked, "--device", "cpu", "--dtype", "float32")
+    assert placed == free
+    (likeliest,) = answers(ftlit, tiny_model_folder, "--prompt", "Hi")
+    assert answers(ftlit, *asked, "--top_k", "1") == [likeliest]
+    assert answers(ftlit, *asked, "--min_p", "1.0") == [likeliest]
+    stop = likeliest["answer"][1]
+    (stopped,) = answers(ftlit, tiny_model_folder, "--prompt", "Hi", "--stop", "never", "--stop", stop)
+    assert stopped["answer"] == likeliest["answer"][: likeliest["answer"].index(stop)]
+    answers(ftlit, *asked, "--dtype", "bfloat16")
+    for wrong, says in (
+        (["--top_k", "0"], "--top_k: must be at least 1"),
+        (["--min_p", "2"], "--min_p: must be in [0, 1]"),
+        (["--stop", ""], "--stop: must have a character"),
+        (["--dtype", "int8"], "--dtype: invalid choice"),
+        (["--device", "nowhere"], "--device: 'nowhere' is no device of this machine"),
+    ):
+        assert ftlit("generate", *asked, *wrong) == 1
+        assert says in ftlit.err
+
+
+def test_answers_keep_their_white_space(ftlit, tiny_model_folder, monkeypatch):
+    from ftlit.data.templating import ChatTemplate
+    from ftlit.rollout import generate as module
+
+    said = "    indented\n\tcode . here\n"
+    monkeypatch.setattr(
+        module,
+        "generate",
+        lambda lm, strategy, tokenizer, prompts, **more: [tokenizer(said)["input_ids"]] * len(prompts),
+    )
+    monkeypatch.setattr(ChatTemplate, "prompt_ids", lambda *args, **more: [5])
+    assert answers(ftlit, tiny_model_folder, "--prompt", "Hi")[0]["answer"] == said
+    assert ftlit("generate", tiny_model_folder, "--prompt", "Hi", "--stop", "\\n") == 0
+    assert ftlit.out == "> Hi\n    indented\n\n"

@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ftlit.errors import ConfigError
 from ftlit.models.policy import Policy, use_segment_attention
 from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
-from ftlit.rollout.generate import answer, batches, end_tokens, generate, pick, seed_of
+from ftlit.rollout.generate import Stops, answer, batches, end_tokens, generate, pick, seed_of
 from ftlit.testing import FAMILIES, tiny_examples, tiny_lm, tiny_tokenizer
 
 STRATEGIES = {
@@ -141,6 +142,72 @@ def test_pick_samples_the_nucleus_with_its_probabilities(seed, temperature, top_
         before += probabilities[token]
     expected = torch.tensor([kept.get(token, 0.0) / sum(kept.values()) for token in range(6)], dtype=torch.float64)
     torch.testing.assert_close(shares, expected, rtol=0, atol=2 / count)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10_000), st.floats(0.3, 2.0), st.floats(0.05, 1.0), st.one_of(st.none(), st.integers(1, 9)),
+    st.floats(0, 1),
+)  # fmt: skip
+def test_pick_keeps_what_transformers_keeps(seed, temperature, top_p, top_k, min_p):
+    """Its processors in its order: temperature, top_k, top_p of what is left, min_p."""
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    count = 4000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens = pick(logits.expand(count, -1), temperature, top_p, uniform, top_k, min_p)
+    shares = torch.bincount(tokens, minlength=6).double() / count
+    scores = logits[None] / temperature
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    for warper in (TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        scores = warper(None, scores)
+    torch.testing.assert_close(shares, scores.softmax(-1)[0], rtol=0, atol=2 / count)
+
+
+def stopped(tokenizer, tokens, stop):
+    """The shortest beginning whose text holds a stop, one token more at a time."""
+    for end in range(1, len(tokens) + 1):
+        if any(one in tokenizer.decode(tokens[:end]) for one in stop):
+            return tokens[:end]
+    return None
+
+
+@pytest.mark.parametrize("strategy", ["none", "prefix"])
+def test_a_text_to_stop_at_ends_an_answer_with_its_last_token(strategy):
+    lm, made = policy_of("llama", strategy)
+    lm.generation_config.eos_token_id = list(range(3, 300, 40))
+    tokenizer, prompts = tiny_tokenizer(), prompts_of(LENGTHS)
+    options = {"max_new_tokens": 24, "temperature": 2.0, "seeds": list(range(2 * len(LENGTHS))), "num_answers": 2}
+    free = answer(lm, made, tokenizer, prompts, **options)
+    texts = [tokenizer.decode(one.tokens) for one in free]
+    said = [letter for text in texts for letter in text[1:-1] if letter.isascii() and letter.isalnum()]
+    stop = (said[0], said[-1], "never said")
+    found = answer(lm, made, tokenizer, prompts, stop=stop, **options)
+    assert found == answer(lm, made, tokenizer, prompts, stop=stop, batch_size=2, **options)
+    short = 0
+    for one, whole in zip(found, free, strict=True):
+        tokens = stopped(tokenizer, whole.tokens, stop)
+        if tokens is None:
+            assert one == whole
+            continue
+        short += len(tokens) < len(whole.tokens)
+        assert one.drawn == one.tokens == tokens
+        assert one.ended
+        assert one.end is None
+    assert 1 < short < len(found)
+    with pytest.raises(ConfigError, match="a text to stop at"):
+        answer(lm, made, tokenizer, prompts, stop=("a", ""), **options)
+
+
+def test_a_row_that_ran_on_is_cut_where_it_first_stops():
+    """On a GPU rows are looked at now and then only."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("one é\n\ntwo\n\nthree", add_special_tokens=False)["input_ids"]
+    stops = Stops(tokenizer, ["\n\n", "three"])
+    assert tokenizer.decode(ids[: stops.first(ids)]) == "one é\n\n"
+    assert tokenizer.decode(ids[: Stops(tokenizer, ["é"]).first(ids)]) == "one é"
+    assert Stops(tokenizer, ["four"]).first(ids) is None
+    assert stops.first([]) is None
 
 
 def test_pick_at_the_edges():

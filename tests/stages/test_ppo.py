@@ -800,6 +800,45 @@ def test_an_error_in_a_reward_names_the_row(rows):
     assert error.value.__notes__[0].startswith(f"reward fails failed at {rows}, row 6: ")
 
 
+def test_answers_stop_at_texts(rows, capsys):
+    """They end, are rewarded and trained with the token that completes one; no end token is put there."""
+    seen = {}
+
+    def check(completions, completion_ids, truncated, **columns):
+        seen.update(said=completions, ids=completion_ids, truncated=truncated)
+        return odd(None, completions)
+
+    options = {"reward": check, "max_new_tokens": 12, "steps": 1, "num_answers": 2, "num_minibatches": 1}
+    train(rows, **options)
+    free = seen["said"]
+    letters = [letter for text in free for letter in text[1:-1] if letter.isascii() and letter.isalnum()]
+    stop = [letters[0], letters[-1]]
+    _, record, _ = train(rows, stop=stop, shaping=RewardShaping(missing_end_penalty=1.0), **options)
+    found = record.found[0]
+    assert found.answers == seen["ids"]
+    stopped = [text for text in seen["said"] if any(one in text for one in stop)]
+    assert 1 < len(stopped) < len(free)
+    assert all(any(text.endswith(one) for one in stop) for text in stopped)
+    for text, whole, ids, cut in zip(seen["said"], free, seen["ids"], seen["truncated"], strict=True):
+        assert whole.startswith(text.rstrip("\ufffd"))
+        assert cut == (len(ids) == 12 and ids[-1] != 2 and text not in stopped)
+        assert text not in stopped or ids[-1] != 2
+    assert record.batches[0].totals.targets == sum(map(len, found.answers))
+    out = capsys.readouterr().out
+    assert f"sampling   answers also end with {stop[0]!r}, {stop[1]!r}, and have no end token then" in out
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"min_p": 0.9}, {"top_k": 9, "top_p": 0.5, "min_p": 0.1}])
+def test_the_first_ratio_is_one_where_the_distribution_is_cut(rows, cut, capsys):
+    """Old and new probabilities are both those before the cut."""
+    options = {**KINDS["grpo"], "num_minibatches": 1, "update_epochs": 1, "steps": 2}
+    _, record, _ = train(rows, **cut, **options)
+    assert all(step["val/ratio"] == 1.0 and step["policy/approxkl"] == 0.0 for step in record.steps)
+    _, whole, _ = train(rows, **options)
+    assert record.found[0].answers != whole.found[0].answers
+    assert "probabilities of the update are those before this cut" in capsys.readouterr().out
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -812,6 +851,9 @@ def test_an_error_in_a_reward_names_the_row(rows):
         ({"advantage": GRPO()}, "num_answers must be at least 2 with GRPO, got 1"),
         ({"update_epochs": 0}, "update_epochs must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_k": 0}, "model needs top_k of at least 1"),
+        ({"min_p": 1.5}, r"min_p in \[0, 1\], got None and 1.5"),
+        ({"stop": ["a", ""]}, "model.stop must be texts of at least one character"),
         ({"value_clip": 0.0}, "value_clip must be positive or left out"),
         ({"entropy_coef": -1.0}, "entropy_coef must be at least 0"),
         ({"value_lr": 0.0}, "value_lr must be positive or left out"),
