@@ -465,7 +465,7 @@ simple(
     class_that_is_no_whole_number=lambda w: w.labels(label=0.5),
     class_of_nothing=lambda w: w.labels(text=" "),
     classes_under_other_names=lambda w: [
-        *w.classification, "--data.train", w.write("r.jsonl", '{"review": "Fine.", "sentiment": "good"}\n')],
+        *w.classification, "--data.train", w.write("r.jsonl", '{"body": "Fine.", "topic": "good"}\n')],
     one_class_for_all=lambda w: [
         *w.classification, "--data.train", w.write("r.jsonl", '{"text": "Fine.", "label": "good"}\n')],
     class_that_training_lacks=lambda w: [

@@ -20,7 +20,7 @@ from ftlit.data.formats import (
     known_columns,
     known_pairs,
 )
-from ftlit.data.formats.classification import Classification, LabelledRow
+from ftlit.data.formats.classification import Classification, LabelledRow, TextPair, known_labelled
 from ftlit.data.formats.judged import one_verdict
 from ftlit.data.sources import Source, with_system
 from ftlit.errors import DataError
@@ -69,8 +69,12 @@ def contents_of(name: str) -> list[Rated]:
 
 
 def _known(columns: Sequence[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
-    """The columns of rows to score that have one meaning under other names."""
-    return known_pairs(columns) or known_columns(columns, row, answers=answers)
+    """The columns of rows to score that have one meaning under other names; labels do not matter."""
+    found = known_labelled(columns)
+    if "text_pair" in found:
+        return {name: found[name] for name in ("text", "text_pair")}
+    texts = {name: column for name, column in found.items() if name == "text"}
+    return known_pairs(columns) or known_columns(columns, row, answers=answers) or texts
 
 
 def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowFormat:
@@ -97,6 +101,8 @@ def _choose(columns: Sequence[str], where: str, *, answers: bool = True) -> RowF
 def _shown(content: Content) -> dict[str, Any]:
     if isinstance(content, Text):
         return {"text": content.text}
+    if isinstance(content, TextPair):
+        return {"text": content.first, "text_pair": content.second}
     if isinstance(content, Completion):
         return {"prompt": content.prompt, "completion": content.completion}
     return {"messages": [message.turn() for message in content.messages]}
@@ -132,6 +138,8 @@ def rate(scorer: SequenceScorer, contents: Sequence[Rated], system: str | None =
 
 
 def _with_system(content: Content, system: str | None) -> Content:
+    if isinstance(content, TextPair):
+        return content
     changed: Any = with_system(content, system)
     return changed
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from ftlit.batch import Example, pack
-from ftlit.data.formats import Completion, Conversation, Message, Text
+from ftlit.data.formats import Completion, Conversation, Message
 from ftlit.data.formats.base import RowError
 from ftlit.data.formats.turns import template_kwargs_of, tools_of
-from ftlit.data.labels import LabelTemplate, shortened
+from ftlit.data.labels import Content, LabelTemplate, shortened, shortened_pair
 from ftlit.data.rendering import wrong_option
 from ftlit.data.sources import with_system
 from ftlit.errors import ConfigError, nearest
@@ -27,10 +27,6 @@ from ftlit.rollout.verifiers import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Content = Conversation | Completion | Text
-"""What a classifier can read."""
 
 
 class SequenceScorer:
@@ -96,6 +92,11 @@ class SequenceScorer:
         Raises:
             DataError: If the template refuses it.
         """
+        return self._tokens(content, cut)[0]
+
+    def _tokens(self, content: Content, cut: bool = False) -> tuple[list[int], int]:
+        """The same, and the number of tokens before the second of two texts, else 0."""
+        border = self.template.border(content)
         if not isinstance(content, Conversation):
             ids = self.template.tokens(content)
             if cut and ids and ids[-1] == self.template.tokenizer.eos_token_id:
@@ -109,8 +110,11 @@ class SequenceScorer:
             ids = list(self.template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self.max_length is not None and len(ids) > self.max_length:
             self.shortened += 1
+            if border:
+                between = self.template.between()
+                return shortened_pair(ids, border, self.max_length, self.truncate, *self._ends, between)
             ids = shortened(ids, self.max_length, self.truncate, *self._ends)
-        return ids
+        return ids, border
 
     @torch.no_grad()
     def __call__(self, contents: Sequence[Content], cut: Sequence[bool] | None = None) -> Tensor:
@@ -121,19 +125,22 @@ class SequenceScorer:
             cut: Whether the last answer of each was cut, so that nothing closes it; none was when left out.
         """
         cut = [False] * len(contents) if cut is None else cut
-        rows = [self.tokens(content, unclosed) for content, unclosed in zip(contents, cut, strict=True)]
+        found = [self._tokens(content, unclosed) for content, unclosed in zip(contents, cut, strict=True)]
+        rows = [ids for ids, _ in found]
+        borders = [border if self.template.has_types else 0 for _, border in found]
         if any(not row for row in rows):
             raise ConfigError("nothing can be scored that has no tokens; leave empty texts out.")
         out = torch.zeros(len(rows), len(self.outputs))
         for batch in _batches([len(row) for row in rows], self.max_tokens):
-            out[batch] = self._run([rows[number] for number in batch]).float().cpu()
+            out[batch] = self._run([rows[n] for n in batch], [borders[n] for n in batch]).float().cpu()
         return out
 
-    def _run(self, rows: list[list[int]]) -> Tensor:
+    def _run(self, rows: list[list[int]], borders: list[int]) -> Tensor:
         device = self.lm.get_input_embeddings().weight.device
         if self._policy is not None:
             examples = [Example(row, [0.0] * len(row)) for row in rows]
-            return self._policy(rated(pack(examples), range(len(rows))).to(device))
+            batch = rated(pack(examples), range(len(rows)))
+            return self._policy(batch.replace(extras={"borders": torch.tensor(borders)}).to(device))
         pad = self.lm.config.get_text_config().pad_token_id
         if pad is None:  # transformers takes one at a time then
             return torch.cat([self.lm(input_ids=torch.tensor([row], device=device)).logits for row in rows])

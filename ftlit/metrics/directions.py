@@ -20,6 +20,8 @@ _DIRECTIONS: dict[str, Mode] = {
     "accuracy": "max",
     "f1": "max",
     "auroc": "max",
+    "pearson": "max",
+    "spearman": "max",
     "exact_match": "max",
     "bleu": "max",
     "rouge_1": "max",

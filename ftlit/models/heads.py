@@ -149,8 +149,10 @@ def read_packed(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: Any
         attention_kwargs: What every attention layer gets besides the segments.
     """
     inputs = {"input_ids": batch.input_ids} if batch.inputs_embeds is None else {"inputs_embeds": batch.inputs_embeds}
+    types = token_types(lm, batch)
     hidden = lm.base_model(
         **inputs,
+        **({} if types is None else {"token_type_ids": types}),
         position_ids=batch.position_ids + first_position(lm),
         attention_mask=packed_mask(batch.input_ids.device),
         use_cache=False,
@@ -158,6 +160,21 @@ def read_packed(lm: PreTrainedModel, batch: PackedBatch, **attention_kwargs: Any
         **attention_kwargs,
     ).last_hidden_state[0]
     return apply_head(lm, hidden.index_select(0, batch.target_positions))
+
+
+def token_types(lm: PreTrainedModel, batch: PackedBatch) -> Tensor | None:
+    """1 for each token of a second text, `[1, T]`, where a model tells two texts apart; None where there are none."""
+    borders = batch.extras.get("borders")
+    embeddings: Any = getattr(lm.base_model, "embeddings", None)
+    table = getattr(embeddings, "token_type_embeddings", None)
+    if borders is None or table is None or len(table.weight) < 2:
+        return None
+    types = torch.zeros_like(batch.input_ids)
+    for segment, border in zip(batch.target_segments.tolist(), borders.tolist(), strict=True):
+        start = batch.segments.offsets[segment]
+        if border:
+            types[:, start + border : start + batch.segments.lengths[segment]] = 1
+    return types
 
 
 def apply_head(lm: PreTrainedModel, states: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ftlit.data.classification import ClassificationData
 from ftlit.data.formats.classification import name_of
 from ftlit.errors import ConfigError, nearest
 from ftlit.metrics.classification import ClassificationMetric
+from ftlit.metrics.regression import RegressionMetric
 from ftlit.objectives.scores import TokenScores
 from ftlit.stages.base import MicroLoss
 from ftlit.stages.scalar import ScalarStage
@@ -21,6 +22,9 @@ from ftlit.stages.scalar import ScalarStage
 
 class Classification(ScalarStage):
     """Trains a classifier: one label a row by cross-entropy, any number of labels by a binary cross-entropy each.
+
+    Where rows have scores it is a regression: one output, trained by the squared error, as transformers does it. On
+    answers with scores that makes a reward model.
 
     Args:
         args: Arguments of every stage.
@@ -80,6 +84,13 @@ class Classification(ScalarStage):
         policy = super().make_policy()
         config = policy.lm.config
         config.problem_type = ("multi" if self.data.multi_label else "single") + "_label_classification"
+        if self.data.regression:
+            if self.class_weights is not None or self.label_smoothing:
+                raise ConfigError(
+                    "model.class_weights and label_smoothing are about labels, and these rows have scores."
+                )
+            config.problem_type = "regression"
+            self.loss_unit = "squared error a row"  # type: ignore[misc]
         # A classifier that is trained further keeps the order of its outputs.
         self._order = [config.label2id[label] for label in self.outputs]
         self._weights = self._class_weights()
@@ -119,6 +130,8 @@ class Classification(ScalarStage):
         weights = None if self._weights is None or not weighted else self._weights.to(scores)
         smoothing = self.label_smoothing if weighted else 0.0
         labels = batch.target_ids
+        if self.data.regression:
+            return (scores[:, 0] - labels.to(scores.dtype)).square()
         if labels.ndim == 1:
             losses = F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
             return losses if weights is None else losses * weights[labels]
@@ -131,6 +144,9 @@ class Classification(ScalarStage):
         assert isinstance(scores, Tensor)
         scores = scores[:, self._order]
         weights = batch.target_weights.to(scores.dtype)
+        if self.data.regression:
+            loss = (self._losses(batch, scores, weighted=True) * weights).sum()
+            return MicroLoss(loss=loss, sums={"loss": loss.detach()})
         if batch.target_ids.ndim == 1:
             hits = (scores.argmax(1) == batch.target_ids).to(scores.dtype)
         else:
@@ -145,16 +161,20 @@ class Classification(ScalarStage):
     @property
     @override
     def of_a_step(self) -> list[str]:
-        return ["loss", "accuracy"]
+        return ["loss"] if self.data.regression else ["loss", "accuracy"]
 
     @property
     @override
     def measured(self) -> list[str]:
+        if self.data.regression:
+            return ["loss", "pearson", "spearman"]
         share = "exact_match" if self.data.multi_label else "accuracy"
         return list(dict.fromkeys([*self.of_a_step, share, f"{share}_low", f"{share}_high", "f1", "auroc"]))
 
     @override
-    def new_metric(self) -> ClassificationMetric:
+    def new_metric(self) -> ClassificationMetric | RegressionMetric:
+        if self.data.regression:
+            return RegressionMetric()
         return ClassificationMetric(len(self.outputs), self.data.multi_label)
 
     @override

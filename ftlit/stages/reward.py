@@ -63,7 +63,10 @@ class RewardModel(ScalarStage):
         for rows in getattr(data, "sets", {}).values():
             for part in rows.parts if isinstance(rows, Joined) else []:
                 if not isinstance(part, Comparisons):
-                    raise ConfigError("RewardModel learns from answers that are compared: set data to PreferenceData.")
+                    raise ConfigError(
+                        "RewardModel learns from answers that are compared: set data to PreferenceData; answers with "
+                        "a score each make a reward model by --config classification."
+                    )
                 if part.has_single:
                     raise ConfigError(
                         "RewardModel compares answers, and some rows have one answer with a label; train a "

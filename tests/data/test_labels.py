@@ -57,9 +57,9 @@ def test_labels_of_rows(label, names, several):
     assert (row.labels, row.several) == (names, several)
 
 
-@pytest.mark.parametrize("label", [None, " ", 2.5, {"a": 1}, ["a", None]])
+@pytest.mark.parametrize("label", [None, " ", float("nan"), {"a": 1}, ["a", None], [2.5]])
 def test_what_is_no_label(label):
-    with pytest.raises(RowError, match=r"column 'label(\[1\])?' must hold a label"):
+    with pytest.raises(RowError, match=r"column 'label(\[[01]\])?' must hold a label"):
         Classification()({"text": "hello", "label": label})
 
 
@@ -145,8 +145,8 @@ def test_what_is_wrong_is_said(tmp_path):
     (tmp_path / "notes.txt").write_text("x\n")
     with pytest.raises(ConfigError, match=r"notes.txt: RawText reads no labels"):
         loaded(str(tmp_path / "notes.txt"))
-    with pytest.raises(DataError, match=r"such as data.columns: \{text: review, label: sentiment\}"):
-        loaded(write(tmp_path / "other.jsonl", [{"review": "x", "sentiment": "a"}]))
+    with pytest.raises(DataError, match=r"such as data.columns: \{text: body, label: topic\}"):
+        loaded(write(tmp_path / "other.jsonl", [{"body": "x", "topic": "a"}]))
     with pytest.raises(DataError, match=r"such as data.columns: \{label: LABEL\}"):
         loaded(write(tmp_path / "none.jsonl", [{"text": "x"}]))
     with pytest.raises(DataError, match="label 'a', which is not in"):

@@ -36,6 +36,7 @@ def models(tmp_path_factory):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
+    tokenizer.init_kwargs["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's has it
     tokenizer.save_pretrained(folder / "bert")
     return {name: str(folder / name) for name in ("llama", "bert")}
 
@@ -212,3 +213,41 @@ def test_mistakes_are_one_sentence(ftlit, models, rows):
 def test_controls_of_weights_work(ftlit, models, rows, overlay):
     args = options(models["bert"], rows, "lora", "--config", f"forgetting/{overlay}", "--trainer.max_steps", "2")
     assert ftlit(*args, "--run", "r") == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_scores(ftlit, models, tmp_path, family):
+    """A regression of answers or of two texts; what comes of it rates rows."""
+    rows = [{"sentence1": "aA"[n % 2] * (1 + n % 5), "sentence2": "bb", "label": 0.5 * (n % 5)} for n in range(30)]
+    if family == "llama":
+        asked = {"messages": [{"role": "user", "content": "Many?"}]}
+        rows = [
+            {"messages": [*asked["messages"], {"role": "assistant", "content": "a" * (1 + n % 5)}], "score": n % 5}
+            for n in range(30)
+        ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rate = "0.01" if family == "bert" else "0.03"
+    more = ["--trainer.max_epochs", "12", "--model.lr", rate, "--run", "r"]
+    assert ftlit(*options(models[family], str(path), "full", *more)) == 0, ftlit.err
+    assert "1 output: score" in ftlit.out
+    assert "(squared error a row)" in ftlit.out
+    assert "scores of train: mean" in ftlit.out
+    values = [row for row in metrics("r") if "val/loss" in row]
+    assert values[-1]["val/loss"] < 0.5 * values[0]["val/loss"]
+    assert values[-1]["val/pearson"] > 0.7
+    assert values[-1]["val/spearman"] > 0.7
+    assert ftlit("score", "r", "--rows", str(path)) == 0, ftlit.err
+    scored = [json.loads(line)["score"] for line in ftlit.out.splitlines()]
+    wanted = [row.get("score", row.get("label")) for row in rows]
+    assert sum(abs(a - b) for a, b in zip(scored, wanted, strict=True)) < 0.5 * len(rows)
+    assert ftlit("export", "r", "--to", "m") == 0
+    plain = AutoModelForSequenceClassification.from_pretrained("m").eval()
+    assert (plain.config.problem_type, plain.config.num_labels) == ("regression", 1)
+    if family == "bert":
+        tokenizer = AutoTokenizer.from_pretrained("m")
+        with torch.no_grad():
+            theirs = [
+                float(plain(**tokenizer(r["sentence1"], r["sentence2"], return_tensors="pt")).logits) for r in rows
+            ]
+        assert scored == pytest.approx(theirs, abs=1e-4)
