@@ -124,7 +124,7 @@ def test_an_answer_that_was_cut_is_not_closed_and_begins_with_the_open_thought(t
     scorer = RewardScorer(folder)
     read = []
     run = scorer.scorer._run
-    scorer.scorer._run = lambda rows: (read.extend(rows), run(rows))[1]
+    scorer.scorer._run = lambda rows, borders: (read.extend(rows), run(rows, borders))[1]
     decode = scorer.scorer.template.tokenizer.decode
     prompts, texts = [PROMPTS[0]] * 3, ["yes", " yes\n", ""]
     columns = {"truncated": [False, True, True], "prefilled": ["", "<think>\n", ""]}
