@@ -94,7 +94,7 @@ class Policy(nn.Module):
             rows = (batch.target_sources == source).nonzero()[:, 0]
             start, start_head = self._start(batch.only({source}))
             values = token_kl(hidden.index_select(0, rows), head_of(self.lm), start, start_head, temperature)
-            divergences = divergences.index_copy(0, rows, values.to(divergences.dtype))
+            divergences = divergences.index_copy(0, rows, values)
         return scores._replace(kl=divergences)
 
     def hidden(self, batch: PackedBatch) -> Tensor:

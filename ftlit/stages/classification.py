@@ -119,6 +119,10 @@ class Classification(ScalarStage):
             )
         return torch.tensor([given.get(label, 1.0) for label in data.labels], dtype=torch.float32)
 
+    def _in_order(self, scores: Tensor) -> Tensor:
+        """Logits in the order of the data's labels, `[N, L]`, from those in the order of the model."""
+        return scores.index_select(1, torch.tensor(self._order, device=scores.device))
+
     def _losses(self, batch: PackedBatch, scores: Tensor, *, weighted: bool) -> Tensor:
         """Loss of each row, nats, `[N]`.
 
@@ -142,7 +146,7 @@ class Classification(ScalarStage):
     def micro_loss(self, batch: PackedBatch, scores: TokenScores | Tensor) -> MicroLoss:
         """Weighted sum of the rows' losses."""
         assert isinstance(scores, Tensor)
-        scores = scores[:, self._order]
+        scores = self._in_order(scores)
         weights = batch.target_weights.to(scores.dtype)
         if self.data.regression:
             loss = (self._losses(batch, scores, weighted=True) * weights).sum()
@@ -180,7 +184,7 @@ class Classification(ScalarStage):
     @override
     def measure(self, metric: Any, batch: PackedBatch, rows: str) -> None:
         assert self.policy is not None
-        scores = self.policy(batch)[:, self._order]
+        scores = self._in_order(self.policy(batch))
         metric.update(scores, batch.target_ids, self._losses(batch, scores, weighted=False), batch.target_weights)
 
 
