@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from ftlit import callbacks, forgetting, peft
@@ -43,6 +44,7 @@ from ftlit.rollout import generator
 from ftlit.run_folder import RunLock, begun_in, origin, remember_origin
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
+from ftlit.stages.precision import check_strategy, decided, set_precision
 from ftlit.stages.rates import default_rate
 from ftlit.stages.signals import StopRequest, exit_status, restarted
 
@@ -217,6 +219,8 @@ class CLI(LightningCLI):
                 config.verbose = False  # WriteEvaluation prints the table
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith("Checkpoint")]
             config.trainer.enable_checkpointing = False
+        strategy = config.trainer.strategy
+        check_strategy(strategy.class_path if isinstance(strategy, Namespace) else strategy)
         if config.trainer.strategy in ("fsdp", "fsdp2"):
             config.trainer.strategy = Namespace(class_path="ftlit.stages.fsdp.FSDP2", init_args=Namespace())
         if "ckpt_path" in config:
@@ -295,7 +299,9 @@ class CLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not shows:
             own.append(Progress())
         try:
-            return super()._instantiate_trainer(config, [*callbacks, *own])
+            trainer = super()._instantiate_trainer(config, [*callbacks, *own])
+            self._decide_precision(trainer, config)
+            return trainer
         except (ValueError, TypeError, MisconfigurationException) as error:
             text = " ".join(str(error).split())
             if "gpu backend" in text:
@@ -306,6 +312,20 @@ class CLI(LightningCLI):
                 raise
             twice = str(error).split("`")[1]
             raise ConfigError(f"trainer.callbacks holds {twice} twice: give each a name of its own.") from error
+
+    def _decide_precision(self, trainer: L.Trainer, given: dict[str, Any]) -> None:
+        """Puts a precision where none was given: that of the checkpoint, else the one that suits the device."""
+        if given.get("precision") is not None or trainer.precision != "32-true":
+            return
+        verb = str(self.subcommand)
+        path = self.config_init[verb].get("ckpt_path")
+        kept = read_checkpoint(path).get("ftlit", {}).get("precision") if path else None
+        device = trainer.strategy.root_device
+        precision = kept or decided(device)
+        set_precision(trainer, precision)
+        self.config[verb].trainer.precision = precision
+        why = "as the checkpoint" if kept else f"chosen for {device.type}"
+        rank_zero_only(print)(f"precision  {precision} ({why})", flush=True)
 
 
 def _checkpoint(asked: str | None, folder: Path, verb: str, known: bool) -> str | None:

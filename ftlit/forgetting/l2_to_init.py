@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # Smallest share of the change that is taken back at once: a smaller one would be lost in the rounding of the weights,
 # so it is saved up. Float32 holds seven digits of a weight, of which the change fills the last four or so.
 _LEAST = {torch.float64: 0.0, torch.float32: 1e-3}
-_HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class L2ToInit(ChangePenalty):
@@ -115,9 +114,6 @@ class L2ToInit(ChangePenalty):
             return f"{reason.rstrip('.')}; or use mode: coupled."
         trained = stage.strategy.trained(stage.policy.lm).values()
         narrow = {parameter.dtype for parameter in trained} - set(_LEAST)
-        kind, _, whole = str(getattr(stage.trainer, "precision", "")).partition("-")
-        if whole == "true" and kind in _HALF:  # Lightning is about to cast the adapter, too
-            narrow.add(_HALF[kind])
         if narrow:
             kind = str(narrow.pop()).removeprefix("torch.")
             return f"a decoupled pull is lost in the rounding of weights in {kind}; use trainer.precision bf16-mixed."

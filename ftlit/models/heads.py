@@ -2,8 +2,7 @@
 
 The model is a transformers `...ForSequenceClassification`: a trunk and a head. Decoders are read at the last token of
 an example, encoders at the first, exactly where transformers reads them; so what is trained here is an ordinary
-checkpoint. A strategy is applied to the trunk; the head is trained beside it, always, in float32 at least (but under
-`bf16-true` and `16-true`, where Lightning casts everything).
+checkpoint. A strategy is applied to the trunk; the head is trained beside it, always, in float32 at least.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from ftlit.stages.evaluated import Evaluated
 from ftlit.stages.fsdp import FSDP2
 from ftlit.stages.loops import finish, position
 from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
+from ftlit.stages.precision import check_precision, check_strategy, widen
 from ftlit.stages.rates import Rate, default_rate
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class Stage(Evaluated):
         """
         if self.policy is None:
             self.policy = self.make_policy().train()
+            if self._trainer is not None and self._trainer.state.fn == "fit":
+                widen(self.policy)
             if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
                 assert self.device_mesh is not None
                 shard(self.policy, self.device_mesh["data_parallel"])
@@ -277,7 +280,7 @@ class Stage(Evaluated):
         return self
 
     def _load_dtype(self, strategy: PEFTStrategy) -> torch.dtype:
-        """Frozen weights follow the precision; trained ones stay float32 except under `bf16-true` and `16-true`."""
+        """Frozen weights follow the precision; trained ones are float32 wherever they are trained."""
         precision = str(getattr(self._trainer, "precision", "32-true"))
         kind, _, mode = precision.partition("-")
         if kind == "64":
@@ -373,8 +376,10 @@ class Stage(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
+        check_strategy(self.trainer.strategy)
         if stage != "fit":
             return
+        check_precision(self.trainer)
         self._prepared = False  # the model may be there already, from a validation or an earlier fit
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop.take_over(self.trainer)
@@ -630,6 +635,7 @@ class Stage(Evaluated):
             "step_metrics": {name: torch.tensor(value).item() for name, value in self.step_metrics.items()},
             "validated_at": self.validated_at,
             "data": self._data_fingerprint(),
+            "precision": str(self.trainer.precision),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

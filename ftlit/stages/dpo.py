@@ -215,8 +215,8 @@ class DPO(ValidatedStage):
         finally:
             self.policy.train(was)
         real = batch.target_weights.ne(0)
-        count = len(batch.target_segments[real].unique())
-        return torch.stack([(ratios * real).sum(), ratios.new_tensor(float(count))])
+        count = float(len(batch.target_segments[real].unique()))
+        return torch.stack([(ratios * real).sum(), torch.tensor(count, dtype=ratios.dtype, device=ratios.device)])
 
     def _held_out_point(self, rows: str) -> Tensor:
         """The reference point of a set of rows, as far as this validation or test reads it."""

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .test_run import metrics
 
@@ -91,6 +92,25 @@ def test_precisions_learn(ftlit, fit_args, precision):
     assert ftlit(*fit_args, *args, "--run", "r") == 0
     losses = [row["val/loss"] for row in metrics("r") if "val/loss" in row]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_precision_is_decided_said_and_kept(ftlit, fit_args):
+    """A run that was begun on a GPU goes on as it was on a machine without one, where nothing is given."""
+    assert ftlit(*fit_args, "--run", "r") == 0
+    assert "precision  32-true (chosen for cpu)" in ftlit.out
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["trainer"]["precision"] == "32-true"
+    assert ftlit(*fit_args, "--trainer.precision", "bf16-mixed", "--run", "half") == 0
+    assert "precision " not in ftlit.out
+    more = ("--trainer.max_epochs", "3", "--run", "half", "--ckpt_path", "last")
+    assert ftlit(*fit_args, *more) == 0
+    assert "precision  bf16-mixed (as the checkpoint)" in ftlit.out
+    assert yaml.safe_load(Path("half/config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_a_strategy_that_shards_otherwise_is_refused(ftlit, fit_args):
+    for name in ("deepspeed_stage_3", "lightning.pytorch.strategies.FSDPStrategy"):
+        assert ftlit(*fit_args, "--trainer.strategy", name) == 1
+        assert "is not supported: --config trainer/fsdp" in ftlit.err
 
 
 MISTAKES = {

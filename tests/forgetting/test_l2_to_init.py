@@ -275,7 +275,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_own_cache")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("make", [Full, lambda: LoRA(rank=3)], ids=["Full", "LoRA"])
-def test_it_runs_in_half_precision_or_says_why_not(make, precision):
+def test_it_runs_in_half_precision(make, precision):
     def train(control):
         torch.manual_seed(0)
         dtype = torch.float32 if "mixed" in precision else torch.bfloat16
@@ -293,8 +293,5 @@ def test_it_runs_in_half_precision_or_says_why_not(make, precision):
     assert coupled.step_values["loss"] > 0
     assert coupled.step_values["distance"] > 0
     assert all(moment.dtype == torch.float32 for moment in coupled._moments.values())
-    if precision == "bf16-true":
-        with pytest.raises(ConfigError, match="lost in the rounding of weights in bfloat16"):
-            train(L2ToInit())
-    else:
-        train(L2ToInit())
+    stage = train(L2ToInit())  # what is trained is in float32, whatever the model was built in
+    assert {parameter.dtype for parameter in stage.parameters() if parameter.requires_grad} == {torch.float32}

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "simgpu"
 
-# ---- autocast, as torch's autocast_mode.h has it for CUDA -------------------------------------------------------------
+# ---- autocast, as torch's autocast_mode.h has it for CUDA -----------------------------------------------------------
 
 _HALF = [
     "_convolution",
@@ -331,7 +331,7 @@ def _widest(args, kwargs):
     return _to(torch.float32)(args, kwargs) if torch.float32 in found else (args, kwargs)
 
 
-# ---- the context ------------------------------------------------------------------------------------------------------
+# ---- the context ----------------------------------------------------------------------------------------------------
 
 _OF_DATA = ("tensor", "asarray", "as_tensor")  # which no dispatch mode sees
 

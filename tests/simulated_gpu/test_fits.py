@@ -143,7 +143,7 @@ def test_a_model_built_in_python_fits(kit, tmp_path):
     assert stage.trainer.global_step == 2
 
 
-# ---- faults that were: planted again they are found ---------------------------------------------------------------------
+# ---- faults that were: planted again they are found -----------------------------------------------------------------
 
 
 def _careless_numbers(like, *shape):
@@ -177,9 +177,9 @@ def test_planted_tiles_that_lie_where_new_tensors_lie(kit, tmp_path, monkeypatch
             return own(*args)
 
     monkeypatch.setattr(tiles, "_plan", careless)
+    stage = SFT(policy=tiny_lm(), peft=LoRA())
+    stage.tokenizer = tiny_tokenizer()
     with simulated(), pytest.raises(ConfigError, match="same device"):
-        stage = SFT(policy=tiny_lm(), peft=LoRA())
-        stage.tokenizer = tiny_tokenizer()
         fits.trainer(tmp_path).fit(stage, datamodule=kit.sft(None)[1])
 
 
@@ -217,7 +217,7 @@ def test_planted_logits_that_are_rounded(monkeypatch, planted):
     assert (found == pytest.approx(exact, rel=1e-3)) is not planted
 
 
-# ---- the device itself --------------------------------------------------------------------------------------------------
+# ---- the device itself ----------------------------------------------------------------------------------------------
 
 
 def test_the_device_is_as_strict_as_cuda():

@@ -4,9 +4,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.errors import ConfigError
+from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
 from ftlit.stages import SFT
+from ftlit.stages.fsdp import FSDP2
+from ftlit.stages.precision import check_strategy, decided
 from ftlit.testing import tiny_examples, tiny_lm
 
 from .test_step import LENGTHS, Data, Record
@@ -59,8 +63,70 @@ def test_half_precision_follows_float32(settings, make):
     _, record, _ = fit(**settings, strategy=make(), lr=0.01)
     for ours, theirs in zip(record.steps, reference.steps, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=3e-2)
-        if settings != {"precision": "bf16-true"}:  # there the weights themselves are rounded
-            assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.2)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    "make", [Full, LoRA, PrefixTuning, PromptTuning, lambda: LoRA(modules_to_save=["embed_tokens", "lm_head"])]
+)
+def test_many_small_steps_follow_float32(make, precision):
+    """At a rate whose steps bfloat16 weights would round away: trained tensors and both moments are in float32."""
+    stage, record, runner = fit(precision, strategy=make(), steps=30, lr=1e-5)
+    whole, reference, _ = fit("32-true", strategy=make(), steps=30, lr=1e-5)
+    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    states = runner.optimizers[0].state.values()
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert {state[key].dtype for state in states for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert record.steps[-1]["train/loss"] == pytest.approx(reference.steps[-1]["train/loss"], rel=3e-2)
+    torch.manual_seed(0)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in one.parameters() if p.requires_grad])
+                    for one in (stage, whole))  # fmt: skip
+    first = torch.cat([p.detach().flatten() for p in started(make()).parameters() if p.requires_grad])
+    moved, wanted = ours - first, theirs - first
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9
+    assert moved.norm() == pytest.approx(wanted.norm().item(), rel=0.1)
+
+
+def started(strategy):
+    """The policy that `fit` begins with."""
+    torch.manual_seed(0)
+    stage = SFT(policy=tiny_lm(), peft=strategy)
+    stage.configure_model()
+    return stage
+
+
+def test_float16_weights_are_not_trained():
+    with pytest.raises(ConfigError, match=r"16-true rounds small gradients .* use 16-mixed"):
+        fit("16-true", steps=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["deepspeed", "deepspeed_stage_2", "fsdp_cpu_offload", "lightning.pytorch.strategies.FSDPStrategy",
+             "lightning.pytorch.strategies.DeepSpeedStrategy", "pytorch_lightning.strategies.ModelParallelStrategy"],
+)  # fmt: skip
+def test_what_shards_in_another_way_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match="--config trainer/fsdp"):
+        check_strategy(name)
+
+
+@pytest.mark.parametrize("make", [FSDPStrategy, ModelParallelStrategy])
+def test_what_shards_in_another_way_is_refused_in_python(make):
+    with pytest.raises(ConfigError, match=f"{make.__name__} is not supported"):
+        check_strategy(make())
+
+
+@pytest.mark.parametrize("name", ["auto", "ddp", "ddp_spawn", "fsdp", "ftlit.stages.fsdp.FSDP2"])
+def test_what_is_known_is_not_refused(name):
+    check_strategy(name)
+    check_strategy(FSDP2())
+
+
+def test_a_gpu_computes_in_half_precision_and_a_cpu_does_not(monkeypatch):
+    assert decided(torch.device("cpu")) == "32-true"
+    for has, wanted in ((True, "bf16-mixed"), (False, "16-mixed")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert decided(torch.device("cuda")) == wanted
 
 
 @pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"scale": 256.0}], ids=str)
