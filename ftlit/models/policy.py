@@ -323,7 +323,9 @@ def check_packing(lm: PreTrainedModel) -> None:
         raise
     except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{type(lm).__name__} cannot run packed batches: {first}") from None
+        raise ConfigError(
+            f"{type(lm).__name__} cannot run packed batches, so ftlit cannot train it (its code says: {first})."
+        ) from None
     finally:
         lm.train(was)
     tolerance = 1e-3 if packed.dtype != torch.float32 or lm.dtype == torch.float32 else 0.25

@@ -103,6 +103,7 @@ class PromptTuning(VirtualTokens):
 
     @override
     def apply(self, model: PreTrainedModel) -> None:
+        _check_embeddings(model)
         embed = model.get_input_embeddings()
         chosen = torch.randint(embed.weight.shape[0], (self.num_virtual_tokens,), device="cpu")  # the same on any GPU
         with torch.no_grad():
@@ -152,3 +153,28 @@ class PromptTuning(VirtualTokens):
         rows = [torch.cat([row[:pad], prompt, row[pad:]]) for row, pad in zip(embeds, padding, strict=True)]
         ones = attention_mask.new_ones(len(input_ids), self.num_virtual_tokens)
         return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.cat([attention_mask, ones], dim=1)}
+
+
+@torch.no_grad()
+def _check_embeddings(model: PreTrainedModel) -> None:
+    """Tokens must say the same when they are given as embeddings: some models look at the tokens a second time.
+
+    Raises:
+        ConfigError: If they do not, as in Gemma 3n, whose layers have embeddings of their own.
+    """
+    embed = model.get_input_embeddings()
+    ids = torch.arange(2, device=embed.weight.device)[None]
+    was, _ = model.training, model.eval()
+    try:
+        by_token = model.base_model(input_ids=ids).last_hidden_state
+        by_embedding = model.base_model(inputs_embeds=embed(ids)).last_hidden_state
+        same = bool((by_token - by_embedding).abs().max() <= 1e-4 * by_token.abs().max())
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        same = False
+    finally:
+        model.train(was)
+    if not same:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained with PromptTuning: its layers look at the tokens "
+            "themselves, and not only at their embeddings; use LoRA."
+        )

@@ -5,12 +5,17 @@ import copy
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from ftlit.batch import pack
 from ftlit.errors import ConfigError
 from ftlit.models.load import load_lm, prepare
 from ftlit.models.policy import Policy, check_packing, head_of, ignored_loss
-from ftlit.peft import Full, LoRA, PrefixTuning
+from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
+from ftlit.peft.prompt_tuning import VirtualTokens
 from ftlit.rollout.generate import answer
 from ftlit.testing import tiny_examples, tiny_lm, tiny_tokenizer
 from tests.models.every_model import tiny
@@ -25,6 +30,7 @@ KINDS = {
     "others": ["mimo_v2_flash", "hunyuan_v1_dense", "smollm3", "ministral3", "gpt_bigcode", "opt", "biogpt", "glm4"],
 }
 FAST = [kind for kinds in KINDS.values() for kind in kinds]
+EVERY = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 MORE = {"olmo": {"clip_qkv": 0.1}, "olmoe": {"clip_qkv": 0.1}}
 # The last correction of Gemma 3n's is made before the states that it would correct are used.
 UNUSED = "altup.correction_coefs"
@@ -184,3 +190,45 @@ def test_a_prefix_is_refused_where_layers_differ_or_share_keys(kind):
     lm = tiny(kind, **more) if kind in CONFIG_MAPPING else pytest.skip(kind)
     with pytest.raises(ConfigError, match=r"cannot be trained with PrefixTuning.*use PromptTuning or LoRA"):
         PrefixTuning(3).apply(lm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_model_of_transformers_is_right_or_refused(kind):
+    """Nothing in between: the loss is transformers' own, or one sentence says why not."""
+    examples = tiny_examples((9, 4, 12))
+    try:
+        lm = tiny(kind, **MORE.get(kind, {}))
+        expected = own_loss(lm, examples)
+    except Exception as error:
+        pytest.skip(f"not to be built tiny, or it cannot run on text alone: {str(error)[:80]}")
+    sentences = []
+    for strategy in (LoRA(rank=8), Full(), PrefixTuning(3), PromptTuning(3)):
+        try:
+            model = copy.deepcopy(lm)
+            prepare(model)
+            policy, batch = Policy(model, strategy).train(), pack(examples)
+        except ConfigError as error:
+            sentences.append(str(error))
+            continue
+        loss = -(policy(batch).logps * batch.target_weights).sum() / batch.target_weights.sum()
+        loss.backward()
+        if not isinstance(strategy, VirtualTokens):
+            assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert all(sentence.endswith(".") for sentence in sentences), sentences
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4"])
+def test_virtual_embeddings_are_refused_where_layers_look_at_the_tokens(kind):
+    lm = make(kind)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)  # a new model's norms let nothing of these embeddings through
+    with pytest.raises(ConfigError, match=r"cannot be trained with PromptTuning: its layers look at the tokens"):
+        PromptTuning(3).apply(lm)
+
+
+def test_virtual_embeddings_of_a_model_that_scales_inside_its_embedding():
+    PromptTuning(3).apply(make("gemma3"))
+    PromptTuning(3).apply(tiny_lm("gpt2"))
