@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from ftlit.objectives import advantages, dpo, policy_gradient, preference_sums, 
 from ftlit.objectives import reward as reward_objectives
 from ftlit.peft import Full
 from ftlit.rollout import generator
+from ftlit.run_config import absolute, look_where_begun, run_of, with_place
 from ftlit.run_folder import RunLock, begun_in, origin, remember_origin
 from ftlit.shipped import config_dir, resolve_all
 from ftlit.stages import Stage
@@ -60,6 +62,13 @@ COMPONENTS = (
 
 class Trainer(L.Trainer):
     """Lightning's Trainer with ftlit's own verb."""
+
+    goes_on_from: Any = None
+    """The checkpoint of this call; Lightning's own `ckpt_path` says it only after the model was made."""
+
+    def _run(self, model: Any, ckpt_path: Any = None, *more: Any, **options: Any) -> Any:
+        self.goes_on_from = ckpt_path
+        return super()._run(model, ckpt_path, *more, **options)
 
     def data(self, model: Stage, datamodule: Any = None, rows: int = 3) -> None:
         """Show what would be trained on.
@@ -95,7 +104,7 @@ class SaveConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / "config.yaml"
         config = self.config.clone()
         config.ckpt_path = None  # where this process went on from is not a setting of the run
-        text = self.parser.dump(config, skip_unset=False)
+        text = with_place(self.parser.dump(absolute(config), skip_unset=False), path)
         _keep_earlier(path, text, trainer.ckpt_path)
         write_text(path, text)
         branch = origin(path.parent)
@@ -243,7 +252,9 @@ class CLI(LightningCLI):
         folder = Path(config.run) if config.run else None
         # A run whose config.yaml was given: it was moved since that was written, or a new run is to branch from it.
         begun = begun_in(config.get("config") or []) if config.get("ckpt_path") else None
-        if begun is not None and folder is not None and not list(folder.glob("checkpoints/*.ckpt")):
+        if not CLI.run_given and (own := run_of(config)) is not None:
+            folder = own
+        elif begun is not None and folder is not None and not list(folder.glob("checkpoints/*.ckpt")):
             if verb == "fit" and CLI.run_given and config.ckpt_path != "auto":
                 os.environ[BRANCH_VARIABLE] = str(begun)
             elif not folder.exists():
@@ -277,7 +288,8 @@ class CLI(LightningCLI):
                 last = {"step": checkpoint["global_step"], **checkpoint.get("ftlit", {}).get("step_metrics", {})}
             for one in loggers:
                 if isinstance(one, WandB):
-                    one.go_on(resumed=path is not None)
+                    back = path and Path(path).name not in (LAST, PREVIOUS)
+                    one.go_on(resumed=path is not None, back_to=int(last["step"]) if last and back else None)
             kwargs["logger"] = [MetricsCSV(folder, last), *(one for one in loggers if isinstance(one, Logger))]
         return super().instantiate_trainer(**kwargs)
 
@@ -460,6 +472,9 @@ def run(args: list[str]) -> int:
     args = with_null(_torch_first(resolve_all(rows_given(args))))
     CLI.run_given = any(arg == "--run" or arg.startswith("--run=") for arg in args)
     _quiet()
+    for option, value in pairwise(args):
+        if option in ("--config", "-c"):
+            look_where_begun(value)
     sys.argv = [sys.argv[0], *args]
     options = {"default_config_files": [str(config_dir() / "base.yaml")], "exit_on_error": False}
     try:

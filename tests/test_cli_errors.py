@@ -158,8 +158,8 @@ SENTENCES = {
         "model.peft.rank must be a whole number, got 'abc'.",
     ),
     "number": (
-        in_model("Parser key \"lr\":\n  Expected a <class 'float'>. Got value: abc", "key='lr', val='abc'"),
-        "model.lr must be a number, got 'abc'.",
+        in_model("Parser key \"warmup\":\n  Expected a <class 'float'>. Got value: abc", "key='warmup', val='abc'"),
+        "model.warmup must be a number, got 'abc'.",
     ),
     "bool": (
         in_data("Parser key \"shuffle\":\n  Expected a <class 'bool'>. Got value: 3", "shuffle", "3"),
@@ -320,7 +320,7 @@ PARSED = {
     "class-of-stage": ["--model", "SFTT"],
     "module": ["--model.peft", "nomod.Cls"],
     "whole-number": ["--model.peft.rank", "abc"],
-    "number": ["--model.lr", "abc"],
+    "number": ["--model.warmup", "abc"],
     "bool": ["--data.shuffle", "3"],
     "literal": ["--model.schedule", "cosin"],
     "number-of-trainer": ["--trainer.max_steps", "x"],

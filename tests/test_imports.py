@@ -9,7 +9,7 @@ import ftlit
 
 ROOT = Path(ftlit.__file__).parent
 TIERS = [
-    {"errors", "batch", "cache", "shipped", "files", "ranks", "device", "run_folder"},
+    {"errors", "batch", "cache", "shipped", "files", "ranks", "device", "run_config", "run_folder"},
     {"objectives", "data", "models", "peft", "metrics"},
     {"rollout", "forgetting"},
     {"stages", "callbacks", "export"},

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from ftlit.callbacks.monitor import DEFAULT, Best, deciding, monitor_of
+from ftlit.data.padding import classifier_tokenizer
+from ftlit.errors import ConfigError
+from ftlit.export.beside import filled, write_beside
 from ftlit.metrics.directions import Mode
 from ftlit.peft.io import save_adapter
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 class SaveAdapter(L.Callback):
     """Writes `adapter/best` whenever validation improves and `adapter/last` at the end, in the PEFT library's format.
 
+    Beside the weights lie the tokenizer with the chat template that was trained with, and the system turn.
     Strategies without such a format (full fine-tuning) write none; `ftlit export` makes a model of their run.
 
     Args:
@@ -29,6 +33,7 @@ class SaveAdapter(L.Callback):
     def __init__(self, monitor: str = DEFAULT, mode: Mode | None = None) -> None:
         self.monitor, self.mode = monitor, mode
         self.best = Best()
+        self._complete: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -46,9 +51,26 @@ class SaveAdapter(L.Callback):
         folder = Path(trainer.default_root_dir) / "adapter" / which
         head = getattr(stage.policy, "head", ())
         save_adapter(stage.strategy, stage.policy.lm, folder, base, write=trainer.is_global_zero, head=head)
+        if trainer.is_global_zero and which not in self._complete:
+            self._complete.add(which)  # what lies beside the weights does not change in a run
+            self._write_beside(trainer, stage, folder)
+
+    @staticmethod
+    def _write_beside(trainer: L.Trainer, stage: Stage, folder: Path) -> None:
+        """Tokenizer, chat template and system turn; a model that was built in Python may have none."""
+        assert stage.policy is not None
+        try:
+            tokenizer = stage.tokenizer
+        except ConfigError:
+            return
+        if getattr(stage.policy, "head", ()):
+            tokenizer = classifier_tokenizer(tokenizer, stage.policy.lm.config.get_text_config().pad_token_id)
+        data = getattr(trainer, "datamodule", None)
+        write_beside(folder, tokenizer, filled(getattr(data, "system", None), getattr(data, "fill", None)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Stage) -> None:
         """Finds out what decides, once the checkpoints know."""
+        self._complete.clear()
         asked = self.monitor != DEFAULT or self.mode is not None
         found = monitor_of(trainer, "SaveAdapter", self.monitor, self.mode) if asked else deciding(trainer)
         self.best.begin(found)

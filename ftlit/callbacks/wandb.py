@@ -60,6 +60,8 @@ class WandB(WandbLogger):
         self.log_adapter = log_adapter
         self._known: dict[int, set[str]] = {}
         self._best: Mapping[str, Any] | None = None
+        self._history: list[dict[str, Any]] = []
+        self._forked: dict[str, Any] = {}
         given = {"entity": entity, "group": group, "job_type": job_type, "tags": tags, "notes": notes}
         # Not Lightning's `offline`: it sets WANDB_MODE for the whole process.
         mode: dict[str, Any] = {"mode": "offline" if offline else os.environ.get("WANDB_MODE")}
@@ -71,11 +73,15 @@ class WandB(WandbLogger):
             raise ConfigError("the WandB logger needs wandb: pip install wandb.") from None
 
     @rank_zero_only
-    def go_on(self, resumed: bool) -> None:
+    def go_on(self, resumed: bool, back_to: int | None = None) -> None:
         """Finds the id of the run; where it goes on, also what W&B already has.
+
+        A run that goes back to an earlier checkpoint, such as its best, is a new one of W&B, with the history up to
+        there: W&B takes nothing more of steps that it has passed.
 
         Args:
             resumed: Whether the run goes on from a checkpoint.
+            back_to: The optimizer step that it goes back to, where that is not its last checkpoint.
         """
         from wandb.sdk.lib.runid import generate_id
 
@@ -84,9 +90,37 @@ class WandB(WandbLogger):
         given = self._wandb_init["id"]
         if kept and given in (None, kept):
             self._known = _logged(self.folder / "metrics.csv")
+        newest = max(self._known, default=0)
+        if kept and back_to is not None and newest > back_to:
+            kept = self._fork(kept, given, back_to, newest)
         self._id = self._wandb_init["id"] = given or kept or generate_id()
         keeper.parent.mkdir(parents=True, exist_ok=True)
         keeper.write_text(f"{self._id}\n", encoding="utf-8")
+
+    def _fork(self, kept: str, given: str | None, back_to: int, newest: int) -> str | None:
+        """Begins a new run of W&B with the history up to a step; with an id that was named there is none to begin."""
+        if given is not None:
+            print(
+                f"W&B: run {given} is at step {newest}: what is logged up to there is lost; give another id.",
+                flush=True,
+            )
+            return kept
+        self._known, self._forked = {}, {"run": kept, "step": back_to}
+        self._history = [row for row in _rows(self.folder / "metrics.csv") if row["step"] <= back_to]
+        print(
+            f"W&B: run {kept} is at step {newest}, and its history cannot be rewritten; what comes after step "
+            f"{back_to} is a new run, with the history up to there.",
+            flush=True,
+        )
+        return None
+
+    def _tell_history(self) -> None:
+        """What a new run has behind it."""
+        history, self._history = self._history, []
+        if history:
+            self.experiment.config.update({"forked_from": self._forked}, allow_val_change=True)
+        for row in history:
+            self.experiment.log({**{k: v for k, v in row.items() if k != "step"}, _AXIS: row["step"]}, step=row["step"])
 
     @override
     @rank_zero_only
@@ -94,6 +128,7 @@ class WandB(WandbLogger):
         step = 0 if step is None else step
         fresh = {k: v for k, v in metrics.items() if k != "epoch" and not self._has(k, step)}
         if fresh:
+            self._tell_history()
             # W&B's own step too: then every plot and export has the optimizer step without being told.
             self.experiment.log({**fresh, _AXIS: step}, step=step)
 
@@ -140,15 +175,24 @@ class WandB(WandbLogger):
         self.experiment.log_artifact(artifact, aliases=[str(self.log_adapter)])
 
 
-def _logged(table: Path) -> dict[int, set[str]]:
-    """Which metrics `metrics.csv` has of which step; a torn last row has none."""
-    known: dict[int, set[str]] = {}
+def _rows(table: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.csv`, of each what was measured; not a torn last one."""
+    rows: list[dict[str, Any]] = []
     if table.exists():
         with table.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(line.replace("\0", "") for line in file):
                 step = row.get("step") or ""
                 if step.isdigit() and None not in row:
-                    known.setdefault(int(step), set()).update(k for k, value in row.items() if value and k != "step")
+                    measured = {key: float(value) for key, value in row.items() if value and key != "step"}
+                    rows.append({"step": int(step), **measured})
+    return rows
+
+
+def _logged(table: Path) -> dict[int, set[str]]:
+    """Which metrics `metrics.csv` has of which step."""
+    known: dict[int, set[str]] = {}
+    for row in _rows(table):
+        known.setdefault(row["step"], set()).update(key for key in row if key != "step")
     return known
 
 

@@ -15,10 +15,12 @@ from jsonargparse import ArgumentParser
 
 from ftlit.data.padding import classifier_tokenizer
 from ftlit.errors import ConfigError
+from ftlit.export.beside import filled, has_tokenizer, system_of, tokenizer_of
 from ftlit.models.heads import ScalarPolicy, head_names
 from ftlit.models.load import is_classifier, load_classifier, load_lm, load_tokenizer
 from ftlit.peft import Full, PEFTStrategy
 from ftlit.peft.io import is_adapter, load_adapter, read_adapter, read_config
+from ftlit.run_config import look_where_begun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,13 +95,14 @@ def open_model(name: str, base: str | None = None, which: str = "last") -> Opene
         if config.get("task_type") == "SEQ_CLS":
             return _open_head_adapter(Path(name), base)
         lm = load_lm(base)
-        return Opened(lm.eval(), load_adapter(lm, name), load_tokenizer(base), base)
+        strategy = load_adapter(lm, name)
+        return Opened(lm.eval(), strategy, tokenizer_of(name, base), base, system_of(name))
     if base is not None:
         raise ConfigError(f"--base goes with a run or an adapter folder, and {name} is neither.")
     if is_classifier(name):
         lm, _ = load_classifier(name)
-        return Opened(lm.eval(), None, load_tokenizer(name), name, head=tuple(head_names(lm)))
-    return Opened(load_lm(name).eval(), None, load_tokenizer(name), name)
+        return Opened(lm.eval(), None, load_tokenizer(name), name, system_of(name), tuple(head_names(lm)))
+    return Opened(load_lm(name).eval(), None, load_tokenizer(name), name, system_of(name))
 
 
 def _open_head_adapter(folder: Path, base: str) -> Opened:
@@ -112,11 +115,10 @@ def _open_head_adapter(folder: Path, base: str) -> Opened:
     lm, new = load_classifier(base, names)
     head = head_names(lm.eval(), new)
     strategy = load_adapter(lm, folder, head)
-    own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(str(folder) if own else base)
-    if own:
+    tokenizer = tokenizer_of(folder, base)
+    if has_tokenizer(folder):
         lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return Opened(lm, strategy, tokenizer, base, head=tuple(head))
+    return Opened(lm, strategy, tokenizer, base, system_of(folder), tuple(head))
 
 
 def _open_run(folder: Path, base: str | None, which: str) -> Opened:
@@ -134,7 +136,9 @@ def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     if base is None and Path(policy).is_absolute() and not Path(policy).exists():
         raise ConfigError(f"run {folder} was trained on {policy}, which is not there (any more); give --base.")
     checkpoint = read_checkpoint(path)
+    look_where_begun(folder / "config.yaml")
     strategy = _strategy(settings.get("peft"))
+    strategy.start_state = checkpoint.get("ftlit", {}).get("start")
     trust = bool(settings.get("trust_remote_code"))
     about = checkpoint.get("ftlit", {}).get("classifier")
     if about is None:
@@ -148,14 +152,15 @@ def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     prefix = "policy.lm."  # a stage may train more, such as values
     state = {k.removeprefix(prefix): tensor for k, tensor in checkpoint["state_dict"].items() if k.startswith(prefix)}
     _copy(lm, strategy, state, path)
-    tokenizer = load_tokenizer(policy, bool(settings.get("trust_remote_code")))
+    # Of a run that went on from an adapter that one's, or where it has gone since, what lies beside the run's own.
+    places = [getattr(strategy, "from_adapter", None), folder / "adapter" / which]
+    place = next((one for one in places if has_tokenizer(one)), None) if places[0] else None
+    tokenizer = load_tokenizer(policy, trust) if place is None else tokenizer_of(place, policy, trust)
     if data.get("chat_template") or data.get("chat_template_kwargs") or not tokenizer.chat_template:
         from ftlit.data.rendering import choose_template
 
         choose_template(tokenizer, data.get("chat_template"), data.get("chat_template_kwargs"))
-    system = data.get("system")
-    for key, value in (data.get("fill") or {}).items():
-        system = system and system.replace("{{" + key + "}}", value)
+    system = filled(data.get("system"), data.get("fill"))
     if head:
         tokenizer = classifier_tokenizer(tokenizer, about["pad_token_id"])
     return Opened(lm.eval(), strategy, tokenizer, policy, system, tuple(head))

@@ -49,10 +49,14 @@ def fingerprint(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
         for name, parameter in sorted(lm.named_parameters()):
             if name in added and parameter.requires_grad:
                 continue
-            tensor = whole(parameter.detach())
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_bits(tensor)}".encode())
-            digest.update(_spread(tensor))
+            digest.update(of_tensor(name, parameter.detach()))
     return digest.hexdigest()
+
+
+def of_tensor(name: str, value: Tensor) -> bytes:
+    """What is hashed of a tensor: its name, shape and type, the sum of its bits, entries spread over it."""
+    tensor = whole(value)
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {_bits(tensor)}".encode() + _spread(tensor)
 
 
 def _bits(tensor: Tensor) -> int:
@@ -67,4 +71,4 @@ def _spread(tensor: Tensor) -> bytes:
     return taken.view(torch.uint8).cpu().numpy().tobytes()
 
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "of_tensor"]

@@ -170,6 +170,13 @@ class PEFTStrategy(ABC):
     trains_base: ClassVar[bool] = False
     """Whether weights of the model itself are trained: they are then loaded in float32 under mixed precision."""
 
+    brought: tuple[str, ...] = ()
+    """Names of frozen parameters that came with an adapter, such as the embedding of a larger vocabulary."""
+
+    start_state: Mapping[str, Tensor] | None = None
+    """Of a run that goes on from an adapter the tensors it began with: its checkpoints hold them, so that it needs the
+    adapter's folder no more, and its start stays what it was."""
+
     active: bool = True
     """False inside `start`: the strategy then adds nothing."""
 
@@ -232,6 +239,13 @@ class PEFTStrategy(ABC):
     @abstractmethod
     def start(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Context in which the model is exactly as it was when this run started."""
+
+    def restart(self, model: PreTrainedModel, start: Mapping[str, Tensor]) -> None:  # noqa: B027 - for those that have it
+        """Makes a `start_state` the start of a model to which the strategy has been applied."""
+
+    def scaling(self, model: PreTrainedModel) -> str:
+        """What the trained tensors mean besides their values, such as a factor; a run cannot go on with another."""
+        return ""
 
     def start_settings(self, model: PreTrainedModel) -> str:
         """What the model at its start depends on besides its tensors and its config."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from ftlit.files import replacing, write_text
 from ftlit.peft.base import PEFTStrategy
 from ftlit.peft.hidden import without
 from ftlit.peft.matching import is_in
+from ftlit.peft.vocabulary import take_vocabulary
 from ftlit.ranks import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, OLDER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -59,6 +61,7 @@ def save_adapter(
         "inference_mode": True,
     }
     state = {name: tensor for name, tensor in strategy.state(model).items() if not is_in(name, head)}
+    state |= _brought(strategy, model, _prefix(state))
     if head:
         config["modules_to_save"] = [*(config.get("modules_to_save") or []), *head]
         inside = _prefix(state)
@@ -73,10 +76,25 @@ def save_adapter(
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _brought(strategy: PEFTStrategy, model: PreTrainedModel, inside: str) -> dict[str, Tensor]:
+    """The frozen weights that came with the adapter, as the PEFT library writes them."""
+    found = {}
+    for name in strategy.brought:
+        path, _, own = name.rpartition(".")
+        adapted = hasattr(model.get_submodule(path), "parts")
+        # A copy: both ends may be one weight, and a file cannot hold that twice.
+        found[f"{inside}{path}.{'base_layer.' if adapted else ''}{own}"] = model.get_parameter(name).detach().clone()
+    return found
+
+
 def _prefix(names: Iterable[str]) -> str:
     """What the PEFT library puts before the names of modules that are saved whole: less where nothing is wrapped."""
-    wrapped = "base_model.model."
-    return wrapped if any(name.startswith(wrapped) for name in names) else "base_model."
+    wrapped, names = "base_model.model.", list(names)
+    return (
+        wrapped
+        if "prompt_embeddings" not in names and any(name.startswith(wrapped) for name in names)
+        else "base_model."
+    )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -106,7 +124,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         ConfigError: If it cannot be read.
     """
     config = read_config(folder)
-    path = Path(folder) / WEIGHTS
+    path, older = Path(folder) / WEIGHTS, Path(folder) / OLDER
+    if not path.exists() and older.exists():
+        return config, _read_older(older)
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -114,6 +134,22 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     except SafetensorError as error:
         raise ConfigError(f"{path} is torn or no safetensors file ({error}).") from None
     return config, state
+
+
+def _read_older(path: Path) -> dict[str, Tensor]:
+    """The tensors of an `adapter_model.bin`, as older versions of the PEFT library wrote it; nothing is executed.
+
+    Raises:
+        ConfigError: If it is torn, or holds anything but tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise ConfigError(f"{path} is torn, or holds more than tensors ({first}).") from None
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise ConfigError(f"{path} holds more than tensors by name; it is no adapter of the PEFT library.")
+    return state
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, head: Sequence[str] = ()) -> PEFTStrategy:
@@ -136,7 +172,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, head: Sequence[str]
     if head:  # the PEFT library names both of the usual ones in every file
         others = [name for name in config.get("modules_to_save") or [] if name not in (*head, "classifier", "score")]
         config = {**config, "modules_to_save": others or None}
-    strategy = _class_of(config).from_peft(config, state)
+    kind = _class_of(config)
+    with without(model, head):
+        state, brought = take_vocabulary(model, state, _prefix(state), config.get("modules_to_save") or ())
+    strategy = kind.from_peft(config, state)
+    strategy.brought = brought
     with without(model, head):
         try:
             strategy.apply(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_
 from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ftlit.peft.matching import Names, endings, is_in, layer_of, pattern_key, select, shortest
 from ftlit.peft.parts import beside_text, experts, is_gate, is_plain
+from ftlit.peft.vocabulary import take_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,8 +54,8 @@ class LoRA(PEFTStrategy):
         alpha: Numerator of the scale `alpha / rank` (PEFT's `lora_alpha`); twice `rank` when left out.
         dropout: Probability of dropping an input of A (embeddings have none). 0 is faster and needs less memory.
         target_modules: `all-linear` (every linear layer that text runs through, but the output layer, gates and
-            routers), a list of name endings such as
-            `[q_proj, v_proj]`, or one regular expression that whole module names must match. Embeddings and the output
+            routers), name endings such as `[q_proj, v_proj]` or `q_proj,v_proj`, or one regular expression that whole
+            module names must match. Embeddings and the output
             layer are adapted where they are named: `[q_proj, embed_tokens, lm_head]`.
         exclude_modules: Modules not to adapt, said in the same way.
         layers_to_transform: Numbers of the layers to adapt; all when left out. A target module that is named in full,
@@ -105,6 +107,7 @@ class LoRA(PEFTStrategy):
             )
         if lr_ratio_b <= 0:
             raise ConfigError(f"LoRA's lr_ratio_b must be positive, got {lr_ratio_b}.")
+        target_modules = _names(target_modules)
         if layers_to_transform is not None and isinstance(target_modules, str) and target_modules != "all-linear":
             raise ConfigError(
                 "LoRA's layers_to_transform goes with a list of target_modules or all-linear; "
@@ -112,13 +115,14 @@ class LoRA(PEFTStrategy):
             )
         self.rank, self.dropout, self.rslora = rank, dropout, rslora
         self.alpha = 2.0 * rank if alpha is None else float(alpha)
-        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        self.target_modules, self.exclude_modules = target_modules, _names(exclude_modules)
         layers = layers_to_transform
         self.layers_to_transform = [layers] if isinstance(layers, int) else layers
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
         self.modules_to_save, self.bias, self.init = list(modules_to_save or []), bias, init
         self.lr_ratio_b, self.from_adapter = lr_ratio_b, from_adapter
         self._left_out: dict[str, list[str]] = {}
+        self._start_config: Mapping[str, Any] | None = None
         expressions = [*self.rank_pattern, *self.alpha_pattern]
         expressions += [one for one in (target_modules, exclude_modules) if isinstance(one, str)]
         for expression in expressions:
@@ -157,6 +161,7 @@ class LoRA(PEFTStrategy):
     @override
     def apply(self, model: PreTrainedModel) -> None:
         model.requires_grad_(False)
+        start = self._read_start(model)
         whole = self._whole(model)
         targets = self._targets(model, whole)
         for name in targets:
@@ -169,8 +174,8 @@ class LoRA(PEFTStrategy):
             _train_whole(model.get_submodule(name))
         if self.bias != "none":
             self._train_biases(model)
-        if self.from_adapter is not None:
-            self._go_on(model, self.from_adapter)
+        if start is not None:
+            self._go_on(model, start)
 
     @property
     def _gaussian(self) -> bool:
@@ -236,25 +241,37 @@ class LoRA(PEFTStrategy):
         if not any(copy.name == "bias" for copy in copies(model)):
             raise ConfigError(f"LoRA's bias: {self.bias} finds no bias in this model; leave it out.")
 
-    def _go_on(self, model: PreTrainedModel, folder: str) -> None:
-        """Loads an adapter and makes its weights the start."""
+    def _read_start(self, model: PreTrainedModel) -> Mapping[str, Tensor] | None:
+        """The adapter to go on from, from its folder or from a checkpoint; the model gets its vocabulary."""
         from ftlit.peft.io import read_adapter
 
-        config, state = read_adapter(folder)
-        if config.get("task_type") == "SEQ_CLS":
-            raise ConfigError(
-                f"{folder} is the adapter of a classifier, with its head: to train that further, make a model of it "
-                f"(ftlit export {folder} --to MODEL) and give that as model.policy."
-            )
-        saved = self.from_peft(config, state)
-        assert isinstance(saved, LoRA)
-        for name in self._adapters(model):
-            own, theirs = (f"rank {o.rank_of(name)} and scale {o.scale_of(name):g}" for o in (self, saved))
-            if name in saved.target_modules and own != theirs:
+        folder = self.from_adapter
+        if self.start_state is None and folder is not None:
+            config, state = read_adapter(folder)
+            if config.get("task_type") == "SEQ_CLS":
                 raise ConfigError(
-                    f"the adapter in {folder} has {theirs} for {name}, and this config {own}; give it the adapter's "
-                    "rank, alpha, rslora and patterns."
+                    f"{folder} is the adapter of a classifier, with its head: to train that further, make a model of "
+                    f"it (ftlit export {folder} --to MODEL) and give that as model.policy."
                 )
+            self.start_state, self._start_config = state, config
+        if self.start_state is None:
+            return None
+        left, self.brought = take_vocabulary(model, self.start_state, _PREFIX, self.modules_to_save)
+        return left
+
+    def _go_on(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+        """Loads an adapter and makes its weights the start."""
+        folder = self.from_adapter
+        if self._start_config is not None:  # what is in a checkpoint was checked when its run began
+            saved = self.from_peft(self._start_config, state)
+            assert isinstance(saved, LoRA)
+            for name in self._adapters(model):
+                own, theirs = (f"rank {o.rank_of(name)} and scale {o.scale_of(name):g}" for o in (self, saved))
+                if name in saved.target_modules and own != theirs:
+                    raise ConfigError(
+                        f"the adapter in {folder} has {theirs} for {name}, and this config {own}; give it the "
+                        "adapter's rank, alpha, rslora and patterns."
+                    )
         try:
             self.load(model, state)
         except ConfigError as error:
@@ -264,6 +281,15 @@ class LoRA(PEFTStrategy):
         for layer in self._adapters(model).values():
             for part in layer.parts:
                 train_copy(layer, part)
+
+    @override
+    def restart(self, model: PreTrainedModel, start: Mapping[str, Tensor]) -> None:
+        had = self.start_state or {}
+        if had.keys() == start.keys() and all(torch.equal(had[name], start[name]) for name in start):
+            return
+        self.start_state, self._start_config = dict(start), None
+        left, self.brought = take_vocabulary(model, start, _PREFIX, self.modules_to_save)
+        self._go_on(model, left)
 
     @staticmethod
     def _adapters(model: PreTrainedModel) -> dict[str, LoRALayer]:
@@ -294,6 +320,13 @@ class LoRA(PEFTStrategy):
         finally:
             for layer, enabled in zip(layers, was, strict=True):
                 layer.enabled = enabled
+
+    @override
+    def scaling(self, model: PreTrainedModel) -> str:
+        scales = {name: f"{layer.scale:g}" for name, layer in self._adapters(model).items()}
+        usual = Counter(scales.values()).most_common(1)[0][0]
+        others = [f"{name} {scale}" for name, scale in sorted(scales.items()) if scale != usual]
+        return ", ".join([usual, *others])
 
     @override
     def start_settings(self, model: PreTrainedModel) -> str:
@@ -396,6 +429,8 @@ class LoRA(PEFTStrategy):
         if config.get("ensure_weight_tying") and any(re.search(r"(embed|wte|lm_head)", name) for name in names):
             unsupported.append("ensure_weight_tying")
         bias: Any = config.get("bias") or "none"
+        if not any(name.endswith((".bias", "_bias")) for name in names):  # of a model that has no biases
+            bias = "none"
         if bias != "none":
             rest = [name for name in rest if not name.endswith(".bias")]
         endings = list(config.get("modules_to_save") or [])
@@ -423,6 +458,13 @@ class LoRA(PEFTStrategy):
             bias=bias,
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
         )
+
+
+def _names(wanted: list[str] | str | None) -> Any:
+    """A plain name, or several with commas between them, as a list; an expression stays one."""
+    if not isinstance(wanted, str) or wanted == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", wanted):
+        return wanted
+    return [name.strip() for name in wanted.split(",")]
 
 
 def _found(argument: str, wanted: Names, names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self
 
 import lightning as L
@@ -26,6 +27,7 @@ from ftlit.callbacks.refused import check_callbacks
 from ftlit.data.packing import StepLoader
 from ftlit.device import wait_for
 from ftlit.errors import ConfigError
+from ftlit.export.beside import tokenizer_of
 from ftlit.forgetting.base import ForgettingControl
 from ftlit.forgetting.budget import ForgettingBudget
 from ftlit.forgetting.early_stop import EarlyStopOnForgetting
@@ -40,6 +42,7 @@ from ftlit.ranks import whole
 from ftlit.stages.checkpoint_io import AtomicCheckpointIO
 from ftlit.stages.evaluated import Evaluated
 from ftlit.stages.fsdp import FSDP2
+from ftlit.stages.going_on import base_print, going_on
 from ftlit.stages.loops import finish, position
 from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
 from ftlit.stages.precision import check_precision, check_strategy, widen
@@ -158,6 +161,7 @@ class Stage(Evaluated):
         self._agreed_to_stop = False
         self._batch = StepBatch([], self.totals)
         self._prepared = False
+        self._base = ""  # names the weights that the run stands on
 
     drawn_tokens: int = 0
     """Most tokens that the policy draws for each row and is trained on."""
@@ -215,7 +219,11 @@ class Stage(Evaluated):
         if self._tokenizer is None:
             if not isinstance(self.source, str):
                 raise ConfigError("a policy built in Python has no tokenizer: set stage.tokenizer.")
-            self._tokenizer = load_tokenizer(self.source, self.trust_remote_code)
+            adapter = getattr(self.strategy, "from_adapter", None)
+            if adapter is not None and Path(adapter).is_dir():  # it goes on with the template it was trained with
+                self._tokenizer = tokenizer_of(adapter, self.source, self.trust_remote_code)
+            else:
+                self._tokenizer = load_tokenizer(self.source, self.trust_remote_code)
         return self._tokenizer
 
     @tokenizer.setter
@@ -228,8 +236,10 @@ class Stage(Evaluated):
         Lightning calls this where the strategy wants it built.
         """
         if self.policy is None:
+            self._find_start()
             self.policy = self.make_policy().train()
             if self._trainer is not None and self._trainer.state.fn == "fit":
+                self._base = base_print(self.policy.lm, self.strategy)
                 widen(self.policy)
             if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
                 assert self.device_mesh is not None
@@ -253,6 +263,13 @@ class Stage(Evaluated):
         for rows in getattr(data, "rows", {}).values():
             for row in rows:
                 check_token(self.policy.lm, max(row.input_ids, default=0), row.where)
+
+    def _find_start(self) -> None:
+        """Takes from a checkpoint what its run began with, so that the folder of that adapter is not asked again."""
+        path = getattr(self._trainer, "goes_on_from", None)
+        if path is not None and getattr(self.strategy, "from_adapter", None) is not None:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.strategy.start_state = checkpoint.get("ftlit", {}).get("start")
 
     def make_policy(self) -> Any:
         """The model with its strategy applied: a `Policy`, or a module that is called like one."""
@@ -636,13 +653,20 @@ class Stage(Evaluated):
             "validated_at": self.validated_at,
             "data": self._data_fingerprint(),
             "precision": str(self.trainer.precision),
+            "base": self._base,
+            "scaling": "" if self.policy is None else self.strategy.scaling(self.policy.lm),
+            "schedule": self._schedule(self.planned_steps),
         }
+        if self.strategy.start_state is not None:
+            checkpoint["ftlit"]["start"] = dict(self.strategy.start_state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint belongs to this run, and sets Lightning's loops to its optimizer step."""
         self.configure_model()
         self.check_checkpoint(checkpoint)
         own = checkpoint["ftlit"]
+        if self.policy is not None and "start" in own and self.strategy.start_state is not own["start"]:
+            self.strategy.restart(self.policy.lm, own["start"])
         self.start_metrics, self.validated_at = own["start_metrics"], own["validated_at"]
         self.last_metrics, self.step_metrics = own.get("last_metrics", {}), own["step_metrics"]
         if self._trainer is None or self._trainer.state.fn != "fit":
@@ -652,6 +676,8 @@ class Stage(Evaluated):
                 "note       the training rows or their order are not those of the checkpoint: the run goes on, but not "
                 "as if it had never stopped"
             )
+        for note in going_on(own, self._base, self._schedule(self.num_steps), checkpoint["global_step"]):
+            rank_zero_only(print)(f"note       {note}", flush=True)
         data = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "planner"):
             step, loop = checkpoint["global_step"], self._trainer.fit_loop
@@ -675,6 +701,24 @@ class Stage(Evaluated):
                 f"the checkpoint does not fit this model and strategy: {wrong!r} is {saved.get(wrong, [])} in "
                 f"the checkpoint and {trained.get(wrong, [])} here. Use the config.yaml of the run it belongs to."
             )
+
+        saved, here = checkpoint["ftlit"].get("scaling", ""), ""
+        if self.policy is not None:
+            here = self.strategy.scaling(self.policy.lm)
+        if saved and saved != here:
+            raise ConfigError(
+                f"the checkpoint was trained with a scale of {saved}, and this config says {here}: its weights would "
+                "mean another model. Give it the alpha, rank and rslora of the run it belongs to."
+            )
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        """What the rate at each of so many steps depends on, where it is ftlit's own."""
+        if self.make_optimizer is not None or self.make_scheduler is not None or steps < 1:
+            return {}
+        return {
+            "steps": steps, "lr": self.lr, "schedule": self.schedule, "warmup": self.warmup, "min_lr": self.min_lr,
+            "decay": self.decay,
+        }  # fmt: skip
 
     def _trained_shapes(self) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in self.named_parameters() if p.requires_grad}

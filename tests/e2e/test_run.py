@@ -249,6 +249,10 @@ def test_a_class_of_ones_own_in_a_new_process(ftlit, fit_args, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     away = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert away.returncode == 0, away.stderr  # it is looked for where the run was begun
+    assert away.stdout == done.stdout
+    Path("mine.py").unlink()
+    away = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert away.returncode == 1
     assert "is its file in the working directory?" in away.stderr.replace("\n", " ")
 
@@ -268,7 +272,7 @@ def test_what_a_run_is_used_with(ftlit, fit_args, monkeypatch):
     assert opened.system == "You are Nova."
     seen = []
     monkeypatch.setattr(
-        "ftlit.data.templating.ChatTemplate.prompt_ids", lambda self, turns: seen.append(tuple(turns)) or [5, 6]
+        "ftlit.data.templating.ChatTemplate.prompt_ids", lambda self, turns, *more: seen.append(tuple(turns)) or [5, 6]
     )
     for extra in ([], ["--system", "Else."], ["--system", ""]):
         assert ftlit("generate", "r", "--prompt", "Hi", "--max_new_tokens", "1", *extra) == 0

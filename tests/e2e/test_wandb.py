@@ -85,7 +85,9 @@ def test_an_offline_run_holds_everything(ftlit, args, monkeypatch, tmp_path):
     ]
     assert [row[:5] for table in written for row in table["data"]] == expected
     (adapter,) = [artifact for artifact in run.artifacts if artifact.type == "model"]
-    assert {entry.path for entry in adapter.manifest.contents} == {"adapter_config.json", "adapter_model.safetensors"}
+    kept = {entry.path for entry in adapter.manifest.contents}
+    assert kept == {path.name for path in Path("r/adapter/best").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= kept
     assert "best" in adapter.aliases
 
 
@@ -115,6 +117,27 @@ def test_a_resumed_run_goes_on_under_its_id_without_a_step_twice(ftlit, args):
             k: v for k, v in row.items() if not any(part in k for part in timed)
         }
     assert second.summary["optimizer_steps"] == 9
+
+
+def test_a_run_that_goes_back_to_its_best_is_a_new_one_with_its_history(ftlit, args):
+    """W&B takes nothing of steps that it has passed: the second part had no history at all."""
+    kept = {"class_path": "SaveCheckpoint", "init_args": {"save_top_k": -1}}
+    Path("keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [kept]}}))
+    args += ["--config", "keep.yaml", "--trainer.max_epochs", "3"]
+    assert ftlit(*args, "--run", "r") == 0
+    (whole,) = offline("r")
+    best = 3
+    Path("r/checkpoints/step-000003.ckpt").replace("r/checkpoints/best.ckpt")
+    assert ftlit(*args, "--ckpt_path", "best", "--model.lr", "0.1", "--run", "r") == 0
+    assert f"W&B: run {whole.run.run_id} is at step 9" in ftlit.out
+    assert "after step 3 is a new run" in ftlit.out
+    second = next(run for run in offline("r") if run.run.run_id != whole.run.run_id)
+    assert second.config["forked_from"] == {"run": whole.run.run_id, "step": best}
+    assert sorted(second.metrics()) == list(range(10))
+    for step, row in second.metrics().items():
+        ours = next(one for one in metrics("r") if int(one["step"]) == step)
+        measured = {key: value for key, value in row.items() if not key.startswith("gen/samples")}
+        assert measured == pytest.approx({key: value for key, value in ours.items() if key != "step"})
 
 
 def test_another_run_has_another_id(ftlit, args):
