@@ -244,7 +244,10 @@ class Renderer:
     def _wants_parts(self, tools: Tools) -> bool:
         turns = [Message("user", "zqtext")]
         as_text = self._shows(turns, Style(), tools)
-        return as_text != "" and "zqtext" not in as_text and "zqtext" in self._shows(turns, Style(True), tools)
+        if as_text == "" or "zqtext" in as_text:
+            return False
+        as_parts = self._shows(turns, Style(True), tools)
+        return "zqtext" in as_parts and "'zqtext'" not in as_parts  # not a list as Python writes it
 
     def _wanted_calls(self, style: Style, tools: Tools) -> Style:
         call = {

@@ -224,7 +224,7 @@ def _seek(
     chosen = set(wanted)
     for slot in (slot for slot in shape.order if slot in chosen):
         parts = list(_texts(slot, messages, tools, thoughts=slot.turn == last))
-        lost = page.find(parts, ordered=shape.known)
+        lost = page.find(parts, ordered=shape.known, sorts=slot.kind == "arguments")
         if lost is not None:
             raise _lost(slot, messages, tools, lost)
 
@@ -235,20 +235,24 @@ class _Page:
     def __init__(self, text: str) -> None:
         self.text, self.place = text, 0
 
-    def find(self, parts: Sequence[str], ordered: bool) -> str | None:
+    def find(self, parts: Sequence[str], ordered: bool, sorts: bool) -> str | None:
         """Seeks the parts of one place behind those found before.
+
+        Args:
+            parts: The parts.
+            ordered: Whether this place stands behind those found before.
+            sorts: Whether its parts may stand in any order, as keys do.
 
         Returns:
             The first that the page shows neither as such nor as some notation writes it.
         """
         start = end = self.place if ordered else 0
         for part in map(str.strip, parts):
-            place = self.text.find(part, end)
-            if place < 0:
-                place = self.text.find(part, start)  # keys may be sorted
+            first = start if sorts else end
+            place = self.text.find(part, first)
             if place >= 0:
                 end = max(end, place + len(part))
-            elif not _is_noted(part, self.text[start:]):
+            elif not _is_noted(part, self.text[first:]):
                 return part
         self.place = end
         return None
@@ -257,18 +261,17 @@ class _Page:
 def _is_noted(part: str, text: str) -> bool:
     """Whether a text is shown but for white space, in another notation, or without the marks that divide it."""
     bare = "".join(text.split())
-    if any("".join(form.split()) in bare for form in _notations(part)):
+    if any("".join(form.split()) in page for form in _notations(part) for page in (bare, html.unescape(bare))):
         return True
-    letters = _NO_LETTERS.sub("", part)
-    return letters != "" and letters in _NO_LETTERS.sub("", text)
+    # What is gone may divide it, but not begin or end it.
+    return part[:1].isalnum() and part[-1:].isalnum() and _NO_LETTERS.sub("", part) in _NO_LETTERS.sub("", text)
 
 
 def _notations(text: str) -> Iterator[str]:
-    """A text as JSON, markup and Python write it."""
+    """A text as JSON and Python write it."""
     yield text
     yield json.dumps(text)[1:-1]
     yield json.dumps(text, ensure_ascii=False)[1:-1]
-    yield html.escape(text)
     yield repr(text)[1:-1]
     if _SWITCHES.search(text):
         yield _SWITCHES.sub("", text)
