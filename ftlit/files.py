@@ -77,6 +77,15 @@ def clean(folder: Path, pattern: str) -> None:
                 left.unlink()
 
 
+def allow_as_usual(folder: Path) -> None:
+    """Gives the files of a folder the permissions that a new file has here; safetensors keeps its own to the owner."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ftlit.errors import ConfigError, FtlitError
 from ftlit.export.beside import write_beside
 from ftlit.export.opening import DTYPES, Opened
-from ftlit.files import DiskFullError, clean, is_full
+from ftlit.files import DiskFullError, allow_as_usual, clean, is_full
 from ftlit.models.load import make_saveable
 from ftlit.peft.io import save_adapter
 from ftlit.rollout.generate import end_tokens
@@ -42,6 +42,7 @@ def whole_folder(to: str | Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
+        allow_as_usual(scratch)
         os.replace(scratch, folder)
     except FtlitError:
         raise
