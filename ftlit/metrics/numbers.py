@@ -12,6 +12,15 @@ import unicodedata
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+WIDE = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+"""Han with extensions and compatibility forms, kana; what a class of a regular expression holds."""
+
+UNSPACED = WIDE + "\u0e00-\u0e7f\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
+"""The scripts that write no spaces: besides them Thai, Lao, Tibetan, Burmese, Khmer."""
+
+# Where a minus sign is one: after a character of such a script, too, but not after a unit: "3元-5元" goes up to 5.
+SIGN_PLACE = rf"(?<![^\W{UNSPACED}])" + "".join(rf"(?<!\d[{UNSPACED}]{{{unit}}})" for unit in (1, 2, 3))
+
 _MOST_DIGITS = 1000  # more are no answer, and slow to compute with
 
 # ---- one way to write what has several ------------------------------------------------------------------------------
@@ -53,15 +62,15 @@ def plain_numbers(text: str) -> str:
 _DIGITS = r"(?:\d{1,3}(?:[,'’_]\d{3})+(?!\d)|\d{1,3}(?:,\d{2})+,\d{3}(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|(?<![^\W\d_])\.\d+)"  # of "Rs.50" the point is none of the number's
 # A minus sign counts where it does not follow a number or a word: "3-5" ends in 5.
-_SIGN = r"(?P<sign>(?<![\w.)\]}%])-(?:\s*[$€£¥₹]\s*)?)?"
+_SIGN = SIGN_PLACE.join((r"(?P<sign>(?<![.)\]}%])", r"-(?:\s*[$€£¥₹]\s*)?)?"))
 _NUMBER = re.compile(
     rf"""{_SIGN}(?:
-      (?P<whole>\d{{1,9}})?\s?\\frac\s*(?:\{{\s*(?P<above>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<below>{_DECIMAL})\s*\}}
-                               |(?P<one>\d)\s*(?P<other>\d))
+      (?P<whole>\d{{1,9}})?\s?\\frac\s*(?:\{{\s*(?P<above>-?{_DECIMAL})\s*\}}|(?P<one>\d))
+                               \s*(?:\{{\s*(?P<below>-?{_DECIMAL})\s*\}}|(?P<other>\d))
     | (?P<ahead>\d{{1,9}})\s(?P<top>\d{{1,9}})/(?P<bottom>\d{{1,9}})(?!\s?/?\d)
     | (?<!\d/)(?P<over>{_DECIMAL})\s?/\s?(?P<under>{_DECIMAL})(?!\s?/\s?\d|[\w.]*\d)
     | (?P<mantissa>{_DECIMAL})(?:[eE](?P<exponent>[+-]?\d{{1,3}})(?![\w.]*\w)
-                               |\s*[×*x]\s*10\s?(?:\^|\*\*)\s?\{{?\s?(?P<tens>[+-]?\d{{1,3}})\}}?)
+                               |\s*[×*x\u00b7\u22c5]\s*10\s?(?:\^|\*\*)\s?\{{?\s?(?P<tens>[+-]?\d{{1,3}})\}}?)
     | (?P<base>{_DECIMAL})(?:\^|\*\*(?=\d))\{{?\s?(?P<power>[+-]?\d{{1,3}})\}}?
     | (?P<number>{_DECIMAL})
     )(?P<percent>\s?%|\s?percent\b)?""",
@@ -127,10 +136,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     whole = match["whole"] or match["ahead"] or "0"
     above = match["above"] or match["one"] or match["top"] or match["over"]
     below = _decimal(match["below"] or match["other"] or match["bottom"] or match["under"])
-    if not below:
-        return None
-    part = _decimal(above.removeprefix("-")) / below
-    return Fraction(whole) + (-part if above.startswith("-") else part)
+    return Fraction(whole) + _decimal(above) / below if below else None
 
 
 def _decimal(digits: str) -> Fraction:
@@ -139,7 +145,7 @@ def _decimal(digits: str) -> Fraction:
 
 # ---- the answer -----------------------------------------------------------------------------------------------------
 
-_BOXED = re.compile(r"\\f?boxed\s*\{")
+_BOXED = re.compile(r"\\(?:f?boxed|fbox)\s*\{")
 
 
 def answer_number(text: str) -> Number | None:
@@ -176,4 +182,4 @@ def _last_box(text: str) -> tuple[int, str] | None:
     return starts[-1].start(), text[first:]
 
 
-__all__ = ["Number", "answer_number", "numbers_in", "plain_numbers"]
+__all__ = ["SIGN_PLACE", "UNSPACED", "WIDE", "Number", "answer_number", "numbers_in", "plain_numbers"]

@@ -13,25 +13,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from ftlit.metrics.numbers import plain_numbers
+from ftlit.metrics.numbers import SIGN_PLACE, UNSPACED, WIDE, plain_numbers
 
 BleuTokenizer = Literal["13a", "zh", "intl", "char"]
 
-# Han with extensions and compatibility forms, kana.
-_WIDE = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_HAN = re.compile(f"[{_WIDE}]")
-# Besides them Thai, Lao, Tibetan, Burmese, Khmer.
-_UNSPACED = _WIDE + "\u0e00-\u0e7f\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
-_PIECES = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+_HAN = re.compile(f"[{WIDE}]")
+_PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _PUNCTUATION = frozenset(string.punctuation)
 
 # An article stands before a word of its language: the A of "vitamin A", "A) Paris" and "A or B" is none.
-_ARTICLES = re.compile(rf"\b(?:a|an|the)\b(?=\s+[^\w\s]*[^\W{_UNSPACED}])(?!\s+(?:is|was|or|and|because|since)\b)")
+_ARTICLES = re.compile(rf"\b(?:a|an|the)\b(?=\s+[^\w\s]*[^\W{UNSPACED}])(?!\s+(?:is|was|or|and|because|since)\b)")
 # What belongs to a number, and what only stands beside it.
 _THOUSANDS = re.compile(
     r"(?<!\d)(?<!\d[,.'’])(?:\d{1,3}(?:[,'’_]\d{3})+|\d{1,3}(?:,\d{2})+,\d{3})(?!\d|[,'’]\d|\.\d+[.,]\d)"
 )
-_SIGNED = re.compile(r"(?:(?<!\w)-\$?)?(?:(?<!\w)\.)?\d+(?:[^\w\s]+\d+)*(?:e[+-]?\d+(?!\w))?|[a-z][+#]+(?!\w)")
+_SIGNED = re.compile(rf"(?:{SIGN_PLACE}-\$?)?(?:(?<!\w)\.)?\d+(?:[^\w\s]+\d+)*(?:e[+-]?\d+(?!\w))?|[a-z][+#]+(?!\w)")
 _BETWEEN = re.compile(r"(?<=\d)[^\w\s]+(?=\d)")
 _JOINS = frozenset("-./:^*+=<>")
 _ZEROS = re.compile(r"(-?\d+)(?:\.0+|(\.\d*?[1-9])0+)")

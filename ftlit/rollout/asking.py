@@ -149,10 +149,11 @@ class Caller:
         return self.function(*first, **given)
 
     def expects_turns(self, error: BaseException) -> bool:
-        """Whether an error is that of a function that reads a text as a list of turns: `text[0]["content"]`."""
+        """Whether an error is that of who reads a text as a list of turns: `text[0]["content"]`, `text[0].get`."""
         about = str(error)
         text_as_list = isinstance(error, TypeError) and "string indices" in about
         text_as_list |= isinstance(error, IndexError) and "string index" in about
+        text_as_list |= isinstance(error, AttributeError) and about.startswith("'str' object has no attribute")
         return text_as_list and not self.turns and _mentions(_code(self.function), "content")
 
 

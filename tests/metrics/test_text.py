@@ -117,6 +117,8 @@ def test_token_f1(answer, reference, f1):
     ("text", "part", "inside"),
     [
         ("1.5", "15", False),
+        ("答案是-5", "5", False),
+        ("答案是-5", "-5", True),
         ("15", "1.5", False),
         ("It costs $1,234.50!", "1234.5", True),
         ("it is -5", "5", False),

@@ -111,6 +111,13 @@ def test_who_reads_turns_is_found_out_once(capsys):
     assert not Caller(Judge()).turns
 
 
+def test_who_reads_turns_by_a_method_is_found_out():
+    def length(completions, **columns):
+        return [len(one[-1].get("content")) for one in completions]
+
+    assert ask(length, [[]], ["four"], {}) == [4]
+
+
 def test_an_error_of_its_own_is_no_wish_for_turns():
     def parses(completions):  # what it parses is a text, and it says so of that
         return [{"a": text}["a"]["content"] for text in completions]
