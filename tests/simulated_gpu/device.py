@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "simgpu"
@@ -355,6 +355,10 @@ def _from_data(make):
 def simulated():
     """Context in which the device is there."""
     backend = _registered()[0]
+    # torch remembers for good which functions a device's context acts on. It must not meet those that are put in place
+    # below: `torch.tensor` would not heed any context afterwards, and transformers, which asks it whether it builds on
+    # `meta`, would leave the rotary frequencies of later models as the memory was.
+    _device_constructors()
     with ExitStack() as stack:
         stack.enter_context(patch.object(backend, "available", True))
         for name in _OF_DATA:

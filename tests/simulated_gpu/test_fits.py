@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._device import _device_constructors
 
 from ftlit.batch import Example, pack
 from ftlit.errors import ConfigError
@@ -57,7 +58,6 @@ def kit(tmp_path_factory):
     tiny_lm("llama").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     fits.write_rows(folder)
-    load_lm(str(folder / "model"))  # what transformers imports and keeps at its first load must not know of the device
     return fits.Kit(folder / "model", folder)
 
 
@@ -243,6 +243,17 @@ def test_the_device_is_as_strict_as_cuda():
         assert pack([Example([1, 2], [0, 1])]).to(device).input_ids.device == device
     assert torch.tensor([1]).device.type == "cpu"
     assert not torch.accelerator.is_available()
+
+
+def test_what_comes_first_does_not_matter(kit):
+    """A model that is loaded on the CPU after the first one on the device is whole."""
+    _device_constructors.cache_clear()  # as in a process that has not used a device's context
+    with simulated() as device, device:
+        load_lm(kit.model)
+    with torch.device("meta"):
+        assert torch.tensor([1]).device.type == "meta"
+    frequencies = load_lm(kit.model).model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, tiny_lm("llama").model.rotary_emb.inv_freq)
 
 
 def test_its_autocast_has_the_lists_of_cuda():
