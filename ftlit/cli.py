@@ -63,6 +63,8 @@ COMPONENTS = (
 class Trainer(L.Trainer):
     """Lightning's Trainer with ftlit's own verb."""
 
+    decides_precision: bool = True
+    """Whether a precision that is not given is decided, and said: `32-true` was then asked for, or kept."""
     goes_on_from: Any = None
     """The checkpoint of this call; Lightning's own `ckpt_path` says it only after the model was made."""
 
@@ -331,13 +333,30 @@ class CLI(LightningCLI):
             return
         verb = str(self.subcommand)
         path = self.config_init[verb].get("ckpt_path")
-        kept = read_checkpoint(path).get("ftlit", {}).get("precision") if path else None
+        kept = _precision_of(path) if path else None
         device = trainer.strategy.root_device
         precision = kept or decided(device)
         set_precision(trainer, precision)
         self.config[verb].trainer.precision = precision
         why = "as the checkpoint" if kept else f"chosen for {device.type}"
         rank_zero_only(print)(f"precision  {precision} ({why})", flush=True)
+
+
+def _precision_of(checkpoint: str) -> str | None:
+    """The precision that a checkpoint was trained in; None: it does not say.
+
+    One that was written before checkpoints said it has the config of its run beside it, where none given meant float32.
+    """
+    said = read_checkpoint(checkpoint).get("ftlit", {}).get("precision")
+    if said is not None:
+        return str(said)
+    config = Path(checkpoint).absolute().parent.parent / "config.yaml"
+    if not config.is_file():
+        return None
+    trainer = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("trainer") or {}
+    given = str(trainer.get("precision") or "32-true")
+    kind = given.partition("-")[0]
+    return {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(kind)
 
 
 def _checkpoint(asked: str | None, folder: Path, verb: str, known: bool) -> str | None:

@@ -45,7 +45,7 @@ from ftlit.stages.fsdp import FSDP2
 from ftlit.stages.going_on import base_print, going_on
 from ftlit.stages.loops import finish, position
 from ftlit.stages.optimizers import Schedule, build, layer_factors, parameter_groups, rate
-from ftlit.stages.precision import check_precision, check_strategy, widen
+from ftlit.stages.precision import check_precision, check_strategy, note_slow, widen
 from ftlit.stages.rates import Rate, default_rate
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class Stage(Evaluated):
             self.policy = self.make_policy().train()
             if self._trainer is not None and self._trainer.state.fn == "fit":
                 self._base = base_print(self.policy.lm, self.strategy)
-                widen(self.policy)
+                widen(self.policy, str(self._trainer.precision).endswith("mixed"))
             if self._trainer is not None and isinstance(self._trainer.strategy, FSDP2):
                 assert self.device_mesh is not None
                 shard(self.policy, self.device_mesh["data_parallel"])
@@ -394,9 +394,10 @@ class Stage(Evaluated):
     def setup(self, stage: str) -> None:
         """Takes accumulation over from the Trainer: a batch already is a whole optimizer step."""
         check_strategy(self.trainer.strategy)
+        check_precision(self.trainer)
         if stage != "fit":
             return
-        check_precision(self.trainer)
+        note_slow(self.trainer)
         self._prepared = False  # the model may be there already, from a validation or an earlier fit
         self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.stop.take_over(self.trainer)
@@ -676,7 +677,8 @@ class Stage(Evaluated):
                 "note       the training rows or their order are not those of the checkpoint: the run goes on, but not "
                 "as if it had never stopped"
             )
-        for note in going_on(own, self._base, self._schedule(self.num_steps), checkpoint["global_step"]):
+        here = {"precision": str(self.trainer.precision), "schedule": self._schedule(self.num_steps)}
+        for note in going_on(own, self._base, here, checkpoint["global_step"]):
             rank_zero_only(print)(f"note       {note}", flush=True)
         data = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "planner"):

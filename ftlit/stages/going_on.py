@@ -1,4 +1,4 @@
-"""What is not as it was when a run goes on: the weights it stands on, and the rate it goes on with."""
+"""What is not as it was when a run goes on: the weights it stands on, its precision, and its rate."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def base_print(lm: PreTrainedModel, strategy: PEFTStrategy) -> str:
     return f"{' '.join(sorted(kinds))} {digest.hexdigest()}"
 
 
-def going_on(saved: Mapping[str, Any], base: str, schedule: Mapping[str, Any], step: int) -> Iterator[str]:
+def going_on(saved: Mapping[str, Any], base: str, here: Mapping[str, Any], step: int) -> Iterator[str]:
     """What is to be said of a run that goes on with something else than it began with.
 
     Args:
         saved: What its checkpoint says.
         base: `base_print` of the model that it goes on with.
-        schedule: The schedule that it goes on with.
+        here: The precision and the schedule that it goes on with.
         step: Optimizer steps taken.
     """
     before = saved.get("base") or ""
@@ -52,7 +52,9 @@ def going_on(saved: Mapping[str, Any], base: str, schedule: Mapping[str, Any], s
             "the base model is not the one that the run began with: what a reference and measures of forgetting stand "
             "on has changed"
         )
-    was = saved.get("schedule") or {}
+    if (precision := saved.get("precision")) and precision != here["precision"]:
+        yield f"another precision: {precision} -> {here['precision']}"
+    was, schedule = saved.get("schedule") or {}, here["schedule"]
     if was and schedule and was != schedule:
         changed = [f"{key} {was[key]} -> {value}" for key, value in schedule.items() if was.get(key) != value]
         before_, after = (_rate(one, step) for one in (was, schedule))

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -30,12 +30,32 @@ def set_precision(trainer: L.Trainer, precision: str) -> None:
 
     Args:
         trainer: A Trainer.
-        precision: One that needs no change of the model: `32-true`, `bf16-mixed`, `16-mixed`.
+        precision: `32-true`, `64-true`, `bf16-mixed` or `16-mixed`: one that a checkpoint can name.
     """
     device: Any = trainer.strategy.root_device.type
     kinds: Any = precision
-    plugin = MixedPrecision(kinds, device) if precision.endswith("mixed") else Precision()
+    plugin: Precision = DoublePrecision() if precision == "64-true" else Precision()
+    if precision.endswith("mixed"):
+        plugin = MixedPrecision(kinds, device)
     trainer.strategy.precision_plugin = plugin
+
+
+def note_slow(trainer: L.Trainer) -> None:
+    """Says that a GPU trains in float32, unless the Trainer is one that decides: Lightning's own default says nothing.
+
+    Args:
+        trainer: A Trainer that is about to train.
+    """
+    device = trainer.strategy.root_device
+    if device.type == "cpu" or str(trainer.precision) != "32-true" or getattr(trainer, "decides_precision", False):
+        return
+    half = decided(device)
+    if half == "32-true":
+        half = "bf16-mixed"
+    say = (
+        f'note       trains in float32 on {device.type}: L.Trainer(precision="{half}") is faster and takes less memory'
+    )
+    rank_zero_only(print)(say, flush=True)
 
 
 def check_precision(trainer: L.Trainer) -> None:
@@ -45,7 +65,7 @@ def check_precision(trainer: L.Trainer) -> None:
     held in half precision under `mixed` too, so `bf16-true` has nothing more to offer.
 
     Args:
-        trainer: A Trainer that is about to train.
+        trainer: A Trainer that is about to train, or to evaluate what was trained, in the same numbers.
 
     Raises:
         ConfigError: If the precision is not for training, or not known.
@@ -53,22 +73,28 @@ def check_precision(trainer: L.Trainer) -> None:
     precision = str(trainer.precision)
     if precision not in _KNOWN:
         raise ConfigError(f"trainer.precision {precision} is not supported: use bf16-mixed, 16-mixed or 32-true.")
-    if precision == "16-true":
+    if precision == "16-true" and trainer.state.fn == "fit":
         raise ConfigError(
             "trainer.precision 16-true rounds small gradients and most of the optimizer's moments to 0: use 16-mixed, "
             "which holds frozen weights in float16 too."
         )
     if precision == "bf16-true":
         set_precision(trainer, "bf16-mixed")
-        say = "note       bf16-true trains as bf16-mixed: frozen weights in bfloat16, trained ones in float32"
+        say = "note       bf16-true runs as bf16-mixed: frozen weights in bfloat16, trained ones in float32"
         rank_zero_only(print)(say, flush=True)
 
 
-def widen(module: nn.Module) -> None:
-    """Puts what is trained into float32 at least, also in a model that was built in half precision."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+def widen(module: nn.Module, mixed: bool) -> None:
+    """Puts what is trained into float32 at least, also in a model that was built in half precision.
+
+    Args:
+        module: What is trained, with what is frozen beside it.
+        mixed: Whether autocast lets weights of two types meet; where it does not, the frozen ones go along.
+    """
+    narrow = [p for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
+    trained = [parameter for parameter in narrow if parameter.requires_grad]
+    for parameter in trained if mixed or not trained else narrow:
+        parameter.data = parameter.data.float()
 
 
 def check_strategy(strategy: Any) -> None:
@@ -94,4 +120,4 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-__all__ = ["check_precision", "check_strategy", "decided", "set_precision", "widen"]
+__all__ = ["check_precision", "check_strategy", "decided", "note_slow", "set_precision", "widen"]

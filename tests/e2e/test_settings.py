@@ -6,7 +6,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from ftlit.cli import _precision_of
 
 from .test_run import metrics
 
@@ -105,6 +108,24 @@ def test_the_precision_is_decided_said_and_kept(ftlit, fit_args):
     assert ftlit(*fit_args, *more) == 0
     assert "precision  bf16-mixed (as the checkpoint)" in ftlit.out
     assert yaml.safe_load(Path("half/config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+    assert "another precision" not in ftlit.out
+    more = ("--trainer.max_epochs", "4", "--run", "half", "--ckpt_path", "last", "--trainer.precision", "32-true")
+    assert ftlit(*fit_args, *more) == 0
+    assert "note       another precision: bf16-mixed -> 32-true" in ftlit.out
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [("null", "32-true"), ("bf16-mixed", "bf16-mixed"), ("32", "32-true"), ("bf16-true", "bf16-mixed")],
+)
+def test_a_checkpoint_that_does_not_say_its_precision(tmp_path, written, kept):
+    """It is older than that: its run's config does, and none given was float32 on a GPU too."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(f"trainer:\n  precision: {written}\n")
+    torch.save({"state_dict": {}, "ftlit": {}}, tmp_path / "checkpoints/last.ckpt")
+    assert _precision_of(str(tmp_path / "checkpoints/last.ckpt")) == kept
+    torch.save({"state_dict": {}, "ftlit": {"precision": "64-true"}}, tmp_path / "checkpoints/last.ckpt")
+    assert _precision_of(str(tmp_path / "checkpoints/last.ckpt")) == "64-true"
 
 
 def test_a_strategy_that_shards_otherwise_is_refused(ftlit, fit_args):

@@ -1,5 +1,7 @@
 """Precisions: what is loaded in which type, and steps under half precision and a gradient scaler."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -7,10 +9,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from ftlit.errors import ConfigError
-from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning
+from ftlit.peft import Full, LoRA, PrefixTuning, PromptTuning, SelectiveStrategy
 from ftlit.stages import SFT
 from ftlit.stages.fsdp import FSDP2
-from ftlit.stages.precision import check_strategy, decided
+from ftlit.stages.precision import check_strategy, decided, note_slow, set_precision
 from ftlit.testing import tiny_examples, tiny_lm
 
 from .test_step import LENGTHS, Data, Record
@@ -127,6 +129,57 @@ def test_a_gpu_computes_in_half_precision_and_a_cpu_does_not(monkeypatch):
     for has, wanted in ((True, "bf16-mixed"), (False, "16-mixed")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert decided(torch.device("cuda")) == wanted
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "16-mixed"])
+def test_a_precision_that_is_set_is_the_one_that_is_said(precision):
+    runner = L.Trainer(accelerator="cpu", logger=False)
+    set_precision(runner, precision)
+    assert runner.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "decides", "says"),
+    [("cuda", "32-true", False, True), ("mps", "32-true", False, True), ("cpu", "32-true", False, False),
+     ("cuda", "bf16-mixed", False, False), ("cuda", "64-true", False, False), ("cuda", "32-true", True, False)],
+)  # fmt: skip
+def test_a_gpu_that_trains_in_float32_unasked_is_said(capsys, monkeypatch, device, precision, decides, says):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    where = SimpleNamespace(root_device=torch.device(device))
+    note_slow(SimpleNamespace(strategy=where, precision=precision, decides_precision=decides))
+    assert ('L.Trainer(precision="bf16-mixed")' in capsys.readouterr().out) is says
+
+
+def test_an_evaluation_computes_as_training_did():
+    """`bf16-true` holds trained weights in float32 there too."""
+    stage = SFT(policy=tiny_lm(), peft=LoRA(rank=3))
+    runner = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, precision="bf16-true")
+    stage._trainer, runner.state.fn = runner, "validate"
+    stage.setup("validate")
+    stage.configure_model()
+    assert runner.precision == "bf16-mixed"
+    assert {p.dtype for p in stage.parameters() if p.requires_grad} == {torch.float32}
+
+
+class Norms(SelectiveStrategy):
+    """Trains the norms of the model alone."""
+
+    def apply(self, model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("make", [LoRA, Full, Norms, PrefixTuning, lambda: LoRA(modules_to_save=["embed_tokens"])])
+def test_a_model_built_in_half_precision_trains(precision, make):
+    torch.manual_seed(0)
+    stage = SFT(policy=tiny_lm(dtype=torch.bfloat16), peft=make(), lr=0.01)
+    runner = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, precision=precision,
+        enable_model_summary=False, max_steps=2, max_epochs=-1,
+    )  # fmt: skip
+    runner.fit(stage, Data(tiny_examples(LENGTHS), batch_size=8))
+    assert {p.dtype for p in stage.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"scale": 256.0}], ids=str)
