@@ -176,15 +176,17 @@ class WandB(WandbLogger):
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.csv`, of each what was measured; not a torn last one."""
+    """The rows of `metrics.csv`, of each what was measured; not a last one that a killed run may have torn."""
     rows: list[dict[str, Any]] = []
-    if table.exists():
-        with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(line.replace("\0", "") for line in file):
-                step = row.get("step") or ""
-                if step.isdigit() and None not in row:
-                    measured = {key: float(value) for key, value in row.items() if value and key != "step"}
-                    rows.append({"step": int(step), **measured})
+    if not table.exists():
+        return rows
+    with table.open(newline="", encoding="utf-8") as file:
+        whole = [line.replace("\0", "") for line in file if line.endswith("\n")]
+    for row in csv.DictReader(whole):
+        step = row.get("step") or ""
+        if step.isdigit() and None not in row:
+            measured = {key: float(value) for key, value in row.items() if value and key != "step"}
+            rows.append({"step": int(step), **measured})
     return rows
 
 

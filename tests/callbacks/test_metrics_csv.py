@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ftlit.callbacks.metrics_csv import MetricsCSV
+from ftlit.callbacks.wandb import _logged
 
 
 @pytest.fixture
@@ -199,3 +200,10 @@ def test_a_row_that_gets_shorter_leaves_nothing_behind(path):
     logger.log_metrics({"a": 1}, step=2)
     logger.log_metrics({"a": 2}, step=3)
     assert read(path)[1] == [["2", "1.0", "1.0"], ["3", "2.0", ""]]
+
+
+@pytest.mark.parametrize("torn", ["3,0.25,1.2e-", "3,0.25,-", "3,0.25,1.2", "3", "3,", "\0\0\0"])
+def test_wandb_passes_over_a_row_that_was_torn(torn, path):
+    path.parent.mkdir()
+    path.write_text(f"step,a,b\r\n1,0.5,\r\n2,0.25,nan\r\n{torn}", encoding="utf-8")
+    assert _logged(path) == {1: {"a"}, 2: {"a", "b"}}
