@@ -297,6 +297,16 @@ def class_of(path: str) -> Any:
         return None
 
 
+def _named(name: str, kind: Any) -> str:
+    """Where a class of a kind is that has a name; empty where none has."""
+    below = list(kind.__subclasses__()) if isinstance(kind, type) else []
+    for one in below:
+        if one.__name__ == name:
+            return f"{one.__module__}.{name}"
+        below += one.__subclasses__()
+    return ""
+
+
 def _own_class(class_path: str, base: str) -> str:
     """What is wrong with a class of the user's own; empty where nothing is, or where there is no such file."""
     module, _, name = class_path.rpartition(".")
@@ -312,8 +322,11 @@ def _own_class(class_path: str, base: str) -> str:
         return f"{module} cannot be imported: {type(error).__name__}: {error}."
     cls, kind = getattr(found, name, None), class_of(base)
     if cls is None:
+        if elsewhere := _named(name, kind):
+            return f"{module} has no {name}: did you mean {elsewhere!r}?"
         own = [key for key, value in vars(found).items() if isinstance(value, type) and value.__module__ == module]
-        return f"{module} has no {name}: {nearest(name, own)}"
+        # A package may have only what is imported when it is first asked for.
+        return f"{module} has no {name}: {nearest(name, own or [key for key in dir(found) if key[:1].isupper()])}"
     if not isinstance(cls, type) or not isinstance(kind, type):
         return ""
     if not issubclass(cls, kind):

@@ -9,7 +9,7 @@ import ftlit.data.formats
 import ftlit.peft
 import ftlit.stages  # noqa: F401 - its classes are suggested
 from ftlit.__main__ import main
-from ftlit.cli_errors import explain, sentence
+from ftlit.cli_errors import _own_class, explain, sentence
 from ftlit.errors import ConfigError, nearest
 
 KEYS = [
@@ -387,3 +387,18 @@ def test_nearest_name_is_suggested_or_names_are_listed(word, known, expected):
 )
 def test_words_of_other_programs_for_preferences_and_labels(word, said):
     assert sentence(f"unrecognized arguments: --{word}=1", KEYS) == f"there is no option --{word}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "said"),
+    [
+        ("ftlit.WandB", "lightning.pytorch.loggers.Logger", "did you mean 'ftlit.callbacks.wandb.WandB'?"),
+        ("ftlit.callbacks.LoRA", "ftlit.peft.base.PEFTStrategy", "did you mean 'ftlit.peft.lora.LoRA'?"),
+        ("ftlit.peft.Prefix_Tuning", "ftlit.peft.base.PEFTStrategy", "did you mean 'PrefixTuning'?"),
+        ("ftlit.Loar", "ftlit.peft.base.PEFTStrategy", "did you mean 'LoRA'?"),
+    ],
+)
+def test_a_class_that_is_elsewhere_is_found(path, base, said):
+    import ftlit.callbacks.wandb  # noqa: F401
+
+    assert _own_class(path, base) == f"{path.rpartition('.')[0]} has no {path.rpartition('.')[2]}: {said}"
