@@ -19,6 +19,9 @@ from ftlit.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MERGE_IT_THERE = "merge it with the PEFT library (merge_and_unload, save_pretrained) and give the merged model"
+"""What to do with an adapter that ftlit cannot read, and the PEFT library can."""
+
 
 class Change(ABC):
     """How one weight of the model differs from what it was when the run started.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftlit.errors import ConfigError
 from ftlit.files import replacing, write_text
-from ftlit.peft.base import PEFTStrategy
+from ftlit.peft.base import MERGE_IT_THERE, PEFTStrategy
 from ftlit.peft.hidden import without
 from ftlit.peft.matching import is_in
 from ftlit.peft.vocabulary import take_vocabulary
@@ -24,6 +24,8 @@ from ftlit.ranks import whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Methods of the PEFT library that change what a model is given, not its weights, or have nothing to say which they are.
+_NEVER_MERGED = (None, "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
 CONFIG, WEIGHTS, OLDER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -212,7 +214,8 @@ def _class_of(config: dict[str, Any]) -> type[PEFTStrategy]:
     kinds = {str(cls.peft_type): cls for cls in _subclasses(PEFTStrategy) if vars(cls).get("peft_type")}
     kind = config.get("peft_type")
     if kind not in kinds:
-        raise ConfigError(f"adapter method {kind!r} is not one that ftlit has: {', '.join(sorted(kinds))}.")
+        hint = "" if kind in _NEVER_MERGED else f"; {MERGE_IT_THERE}"
+        raise ConfigError(f"adapter method {kind!r} is not one that ftlit has ({', '.join(sorted(kinds))}){hint}.")
     return kinds[kind]
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from ftlit.errors import ConfigError
-from ftlit.peft.base import Change, DenseChange, PEFTStrategy, input_dim, move
+from ftlit.peft.base import MERGE_IT_THERE, Change, DenseChange, PEFTStrategy, input_dim, move
 from ftlit.peft.copies import at_start, copies, keep_dtype, merge_copies, train_copy
 from ftlit.peft.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from ftlit.peft.matching import Names, endings, is_in, layer_of, pattern_key, select, shortest
@@ -435,10 +435,12 @@ class LoRA(PEFTStrategy):
             rest = [name for name in rest if not name.endswith(".bias")]
         endings = list(config.get("modules_to_save") or [])
         whole = sorted({_module_to_save(name, endings) for name in rest})
-        if "" in whole:
-            unsupported.append("other tensors")
+        if "" in whole and not unsupported:  # else they are those of what was named
+            unsupported.append(f"the tensor {next(name for name in rest if not _module_to_save(name, endings))!r}")
         if unsupported:
-            raise ConfigError(f"this LoRA adapter uses {', '.join(unsupported)}, which ftlit cannot read yet.")
+            raise ConfigError(
+                f"this LoRA adapter uses {', '.join(unsupported)}, which ftlit cannot read yet; {MERGE_IT_THERE}."
+            )
         rank = int(config.get("r", 8))
         # Ranks too: the file sorts the keys of a pattern, of which the first that matches would count.
         ranks = {

@@ -259,7 +259,24 @@ def test_what_ftlit_does_not_have_is_refused_by_name(change, says, tmp_path):
     save_adapter(policy.strategy, policy.lm, tmp_path, "base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=rf"{says}.*; merge it with the PEFT library"):
+        load_adapter(tiny_lm(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"])
+def test_what_cannot_be_merged_is_refused_without_that_advice(kind, tmp_path):
+    policy = Policy(tiny_lm(), LoRA(rank=3))
+    save_adapter(policy.strategy, policy.lm, tmp_path, "base")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(ConfigError, match=rf"'{kind}' is not one that ftlit has \([A-Z_, ]+\)\."):
+        load_adapter(tiny_lm(), tmp_path)
+
+
+def test_only_what_an_adapter_uses_is_named(tmp_path):
+    """Its tensors are those of what the config names."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(plain("llama"), config).save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match="uses use_dora, which ftlit cannot read yet; merge"):
         load_adapter(tiny_lm(), tmp_path)
 
 
