@@ -299,7 +299,7 @@ def class_of(path: str) -> Any:
 
 def _named(name: str, kind: Any) -> str:
     """Where a class of a kind is that has a name; empty where none has."""
-    below = list(kind.__subclasses__()) if isinstance(kind, type) else []
+    below: list[type] = list(kind.__subclasses__()) if isinstance(kind, type) else []
     for one in below:
         if one.__name__ == name:
             return f"{one.__module__}.{name}"
