@@ -105,3 +105,11 @@ def test_the_table_is_whole():
     text = TABLE.read_text()
     assert len(SHAPES) >= 100
     assert all(line(name).search(text) for name in SHAPES)
+
+
+@pytest.mark.skipif(WRITE, reason="it is being written")
+def test_few_are_refused():
+    refused = {one.split(" | ")[0].strip("| ") for one in TABLE.read_text().splitlines() if f"| {REFUSED}" in one}
+    # A direction, a tree, pictures and a verdict must be chosen by the user; MOSS and segments are not read yet.
+    known = {"WMT, OPUS", "OpenAssistant (oasst1)", "LLaVA", "PKU-SafeRLHF", "MOSS 003", "axolotl input_output"}
+    assert refused == known

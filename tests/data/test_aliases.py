@@ -69,6 +69,17 @@ def asked(question, answer, system=None):
         ({"instruction": "q", "output": "a", "context": ""}, "{input: context}", asked("q", "a")),
         ({"conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "turn": 1},
          "{messages: conversation}", asked("q", "a")),
+        ({"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}, "title": "t"},
+         "{instruction: question, output: answers, input: context}", asked("q\nc", "a")),
+        ({"question": "q", "answer": ["a", "b"]}, "{instruction: question, output: answer}", asked("q", "a")),
+        ({"question": "q", "answers": ["a"], "url": "u"}, "{instruction: question, output: answers}", asked("q", "a")),
+        ({"conversation": [{"input": "q", "output": "a"}]}, "{messages: conversation}", asked("q", "a")),
+        ({"dialogue": [{"question": "q", "answer": "a"}], "story": "s"}, "{messages: dialogue}", asked("q", "a")),
+        ({"turns": [{"prompt": "q", "response": "a"}]}, "{messages: turns}", asked("q", "a")),
+        ({"system": "SYSTEM: s", "chat": "USER: q\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
+         "{messages: chat}", asked("q", "a", "s")),
+        ({"chat": "\n\nHuman: q\n\nAssistant: a"}, "{messages: chat}", asked("q", "a")),
+        ({"conversation": "### User: q\n### Bot: a"}, "{messages: conversation}", asked("q", "a")),
         ({"dialog": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
          "{messages: dialog}", asked("q", "a")),
     ],
@@ -102,7 +113,7 @@ def test_a_format_of_its_own_goes_first(row, kind):
     "row",
     [
         {"question": "q", "problem": "p", "answer": "a"},  # which is asked?
-        {"question": "q", "answer": {"text": ["a"]}},  # no text
+        {"question": "q", "answer": {"start": 3}},  # no text
         {"question": ["q"], "answer": "a"},
         {"question": "q", "context": "c"},  # no answer
         {"a": "q", "b": "a"},
@@ -134,6 +145,23 @@ def test_advice_loses_no_column(columns, suggested, lost):
         left = f" ({lost} would not be read)" if lost else ""
         assert f"such as data.columns: {suggested}{left}, or give" in str(error.value)
     assert set(suggest(columns).values()) <= set(columns)
+
+
+def test_a_question_without_an_answer_is_said(tmp_path):
+    row = {"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}
+    path = write(tmp_path, row)
+    with pytest.raises(DataError, match=r"row 1: column 'answers' must hold an answer \(the question has none: leave"):
+        Source(path).record(0)
+    assert Source(path, answers=False).record(0).messages == (Message("user", "q\nc"),)
+
+
+def test_calls_of_a_text_with_speakers(tmp_path):
+    said = """USER: q\n\n\nASSISTANT: So: <functioncall> {"name": "add", "arguments": '{"a": "it's"}'} <|endoftext|>
+\n\nFUNCTION RESPONSE: 4\n\n\nASSISTANT: 4. <|endoftext|>"""
+    _, call, result, answer = Source(write(tmp_path, {"chat": said})).record(0).messages
+    wanted = [{"type": "function", "function": {"name": "add", "arguments": {"a": "it's"}}}]
+    assert (call.content, call.more["tool_calls"]) == ("So:", wanted)
+    assert (result, answer) == (Message("tool", "4"), Message("assistant", "4."))
 
 
 def test_turns_of_a_tree_are_no_documents(tmp_path):

@@ -10,6 +10,7 @@ from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from ftlit.data.classification import ClassificationData
 from ftlit.data.formats import Completion, Conversation, Text
+from ftlit.data.formats.base import RowError
 from ftlit.data.formats.classification import Classification, LabelledRow, TextPair, known_labelled
 from ftlit.data.labels import LabelTemplate, shortened_pair
 from ftlit.errors import ConfigError, DataError
@@ -226,3 +227,9 @@ def test_the_loss_is_that_of_transformers():
         out = lm(input_ids=ids, labels=wanted)
     assert float(out.loss) == pytest.approx(float((out.logits[:, 0] - wanted).square()))
     assert transformers.__version__
+
+
+@pytest.mark.parametrize("medium", [{"image": ["a.png"]}, {"images": ["a.png"]}, {"videos": ["v.mp4"]}, {"audio": {"path": "a"}}])
+def test_media_are_refused(medium):
+    with pytest.raises(RowError, match="ftlit trains on text alone"):
+        Classification()({"text": "t", "label": 1, **medium})

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ftlit.data.formats import Text
-from ftlit.export.scorer import SequenceScorer, open_classifier
+from ftlit.export.scorer import RewardScorer, SequenceScorer, open_classifier
 from ftlit.testing import tiny_classifier, tiny_lm, tiny_tokenizer
 
 from .test_ranks import run
@@ -253,3 +253,26 @@ def test_scores(ftlit, models, tmp_path, family):
                 float(plain(**tokenizer(r["sentence1"], r["sentence2"], return_tensors="pt")).logits) for r in rows
             ]
         assert scored == pytest.approx(theirs, abs=1e-4)
+
+
+def test_answers_with_scores_make_a_reward_model(ftlit, models, tmp_path):
+    """`--config classification` on answers and scores rates answers; `--config reward` says so."""
+    rows = [{"prompt": "Many?", "completion": " " + "a" * (1 + n % 5), "score": float(n % 5)} for n in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ftlit(*options(models["llama"], str(path), "full", "--trainer.max_steps", "3", "--run", "r")) == 0, ftlit.err
+    assert ftlit("score", "r", "--rows", str(path)) == 0, ftlit.err
+    scored = [json.loads(line)["score"] for line in ftlit.out.splitlines()]
+    rewards = RewardScorer("r")([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    assert rewards == pytest.approx(scored, abs=1e-4)
+    assert len(set(rewards)) > 3
+
+    grpo = ("fit", "--config", "grpo", "--config", "trainer/cpu", "--config", "peft/lora")
+    reward = '{"class_path": "RewardScorer", "init_args": {"model": "r"}}'
+    asked = ("--model.policy", models["llama"], "--data.train", str(path), "--model.reward", f"[{reward}]")
+    small = ("--data.batch_size", "2", "--trainer.max_steps", "1", "--model.max_new_tokens", "4")
+    assert ftlit(*grpo, *asked, *small, "--run", "g") == 0, ftlit.err
+
+    wrong = ("fit", "--config", "reward", "--config", "trainer/cpu", "--model.policy", models["llama"])
+    assert ftlit(*wrong, "--data.train", str(path), "--run", "w") != 0
+    assert "--config classification" in ftlit.err

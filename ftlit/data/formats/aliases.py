@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ftlit.data.formats.alpaca import is_references
+from ftlit.data.formats.transcripts import turns_in_text
 from ftlit.data.formats.written import parsed
 
 # Names of a question and of its answer, in small letters. Of several answers the one that comes first here is taken: a
@@ -12,8 +14,10 @@ from ftlit.data.formats.written import parsed
 _QUESTIONS = ("instruction", "question", "prompt", "query", "problem", "inputs_pretokenized", "inputs")
 _ANSWERS = (
     *("output", "response", "completion", "canonical_solution", "generated_solution", "solution"),
-    *("targets_pretokenized", "target", "targets", "answer", "expected_answer"),
+    *("targets_pretokenized", "target", "targets", "answer", "expected_answer", "answers"),
 )
+# Those of them that may hold several reference answers.
+_REFERENCES = ("answer", "answers")
 # Where nothing is trained on an answer, the bare result is what rewards compare with.
 _RESULTS = ("output", "completion", "response", "answer", "expected_answer", *_ANSWERS)
 # A text and what is made of it.
@@ -43,7 +47,7 @@ def known_columns(columns: Iterable[str], row: Mapping[str, Any], *, answers: bo
         return {}
     if names.have({"prompt", "completion"}):
         return {}
-    if not names.have({"instruction", "output"}) and (found := names.first(_LISTS, names.is_list)):
+    if not names.have({"instruction", "output"}) and (found := names.first(_LISTS, names.is_dialogue)):
         return {"messages": found}
     made = names.calls() or names.question_and_answer(answers)
     if not made:
@@ -98,6 +102,15 @@ class _Names:
         turns = parsed(self.row.get(column))
         return isinstance(turns, list) and bool(turns) and all(isinstance(turn, Mapping | str) for turn in turns)
 
+    def is_dialogue(self, column: str) -> bool:
+        """Whether a column holds a list of turns, or the text of a conversation with marks of its speakers."""
+        return self.is_list(column) or turns_in_text(self.row.get(column)) is not None
+
+    def is_answer(self, column: str) -> bool:
+        """Whether a column holds an answer: a text, or reference answers where such a column may."""
+        value = self.row.get(column)
+        return self.is_text(column) or (column.casefold() in _REFERENCES and is_references(value))
+
     def first(self, words: Sequence[str], fits: Any) -> str:
         """The first of some columns that is there and fits."""
         found = (self.columns[word] for word in words if word in self.columns)
@@ -113,7 +126,7 @@ class _Names:
         asked = [self.columns[word] for word in _QUESTIONS if word in self.columns]
         if "inputs_pretokenized" in self.columns:
             asked = [self.columns["inputs_pretokenized"]]
-        answer = self.first(_ANSWERS if answers else _RESULTS, self.is_text)
+        answer = self.first(_ANSWERS if answers else _RESULTS, self.is_answer)
         if not asked and answer and "input" in self.columns:
             asked = [self.columns["input"]]
         if not asked and (summary := self.first(_SUMMARIES, self.is_text)):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, text_of, weight_of
+from ftlit.data.formats.base import Conversation, Message, RowError, RowFormat, note, text_of, weight_of
 from ftlit.data.formats.turns import refuse_media, tools_of
 from ftlit.data.formats.written import parsed
 
@@ -15,7 +15,8 @@ from ftlit.data.formats.written import parsed
 class Alpaca(RowFormat):
     """`{"instruction": "...", "input": "...", "output": "..."}`; `system` and `history` (pairs of texts) are optional.
 
-    The input follows the instruction after a line break. The answer is `output`. A `tools` column for the chat template
+    The input follows the instruction after a line break. The answer is `output`, of several reference answers
+    (a list, or SQuAD's object with a list `text`) the first. A `tools` column for the chat template
     and a `weight` column are optional too.
     """
 
@@ -33,8 +34,26 @@ class Alpaca(RowFormat):
         question = text_of(row, "instruction")
         if extra := text_of(row, "input", required=False):
             question = f"{question}\n{extra}"
-        turns += [Message("user", question), Message("assistant", text_of(row, "output"))]
+        turns += [Message("user", question), Message("assistant", self._answer(row))]
         return Conversation(tuple(turns), tools_of(row), weight_of(row))
+
+    @override
+    def prompt(self, row: Mapping[str, Any]) -> Any:
+        return super().prompt({**row, "output": None} if is_references(row.get("output")) else row)
+
+    @staticmethod
+    def _answer(row: Mapping[str, Any]) -> str:
+        """The answer of a row, the first of several."""
+        given = row.get("output")
+        if not is_references(given):
+            return text_of(row, "output")
+        texts = given["text"] if isinstance(given, Mapping) else given
+        if not texts or not texts[0].strip():
+            wanted = "an answer (the question has none: leave the row out, or write the text that is to be said)"
+            raise RowError("output", wanted, given)
+        if len(set(texts)) > 1:
+            note("of several reference answers the first is read")
+        return str(texts[0])
 
     @staticmethod
     def _history(row: Mapping[str, Any]) -> list[Message]:
@@ -52,3 +71,9 @@ class Alpaca(RowFormat):
                 raise RowError(f"history[{number}]", "a pair of texts", pair)
             turns += [Message("user", pair[0]), Message("assistant", pair[1])]
         return turns
+
+
+def is_references(value: Any) -> bool:
+    """Whether something is a list of texts, or SQuAD's object with such a list, empty or not."""
+    texts = value.get("text") if isinstance(value, Mapping) else value
+    return isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)

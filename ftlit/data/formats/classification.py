@@ -20,7 +20,7 @@ from ftlit.data.formats.base import (
     weight_of,
 )
 from ftlit.data.formats.prompt_completion import PromptCompletion
-from ftlit.data.formats.turns import tools_of, turns_of
+from ftlit.data.formats.turns import refuse_media, tools_of, turns_of
 from ftlit.errors import DataError
 
 # What files call the columns, likeliest first; of `_LABELS` and `_SCORES` those that come alone are read as such.
@@ -141,6 +141,7 @@ class Classification(RowFormat):
     @staticmethod
     def _content(row: Mapping[str, Any]) -> Conversation | Completion | Text | TextPair:
         """What is labelled."""
+        refuse_media(row)
         found = next((names for names in _WHOLE if all(row.get(name) is not None for name in names)), ("text",))
         if found == ("messages",):
             return Conversation(turns_of(row, "messages"), tools_of(row))

@@ -11,6 +11,7 @@ from ftlit.data.formats.base import ROLES, Conversation, Message, RowError, note
 from ftlit.data.formats.calls import calls_in, calls_of, has_nulls, tools_in, tools_of, without_filled
 from ftlit.data.formats.marks import MARKS, note_of_others, weight_of_turn
 from ftlit.data.formats.parts import are_parts, content_of
+from ftlit.data.formats.transcripts import turns_in_text, without_mark
 from ftlit.data.formats.written import parsed
 from ftlit.errors import ConfigError
 
@@ -35,6 +36,9 @@ _NO_MEDIA = "nothing: ftlit trains on text alone"
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 _OWN = (*_ROLE_KEYS, "content", "value", "tool_calls", "function_call", *MARKS)
+# A question and its answer in one turn, by what they are called.
+_ASKED = ("input", "instruction", "prompt", "question", "query")
+_ANSWERED = ("output", "response", "completion", "answer")
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -50,6 +54,8 @@ def conversation_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str
         RowError: If the row cannot be read.
     """
     refuse_media(row)
+    if isinstance(system := row.get("system"), str) and turns_in_text(row.get(column)):
+        row = {**row, "system": without_mark(system)}
     messages = with_system_column(turns_of(row, column, roles), row)
     messages, tools = with_tools(messages, tools_of(row))
     return Conversation(messages, tools, weight_of(row))
@@ -86,10 +92,11 @@ def turns_of(row: Mapping[str, Any], column: str, roles: Mapping[str, str] | Non
 def listed(turns: Any) -> Any:
     """A list of turns that may be given as text, or as an object of lists, as older data sets have it.
 
-    A turn of several speakers, `{"human": ..., "assistant": ...}`, becomes several; texts alone, of which the second
-    answers the first and so on, become turns of a user and an assistant.
+    A turn of several speakers, `{"human": ..., "assistant": ...}`, or of a question and its answer, `{"input": ...,
+    "output": ...}`, becomes several; texts alone, of which the second answers the first and so on, become turns of a
+    user and an assistant. A text is read by the marks of its speakers.
     """
-    turns = parsed(turns)
+    turns = turns_in_text(turns) or parsed(turns)
     if isinstance(turns, Mapping):
         lists = {key: value for key, value in turns.items() if value is not None}
         if not lists or any(not isinstance(value, list | tuple) for value in lists.values()):
@@ -126,7 +133,10 @@ def _speakers(turn: Any) -> list[Any]:
     if not isinstance(turn, Mapping) or _has_role(turn):
         return [turn]
     said = {key: text for key, text in turn.items() if text is not None}
-    roles = {key: ROLE_OF.get(key) for key in said}
+    roles = {key: ROLE_OF.get(key.casefold()) for key in said}
+    asked, answered = ([key for key in keys if key in said] for keys in (_ASKED, _ANSWERED))
+    if len(asked) == len(answered) == 1:
+        roles |= {asked[0]: "user", answered[0]: "assistant"}
     order = ("system", "user", "assistant")
     if not said or not all(role in order for role in roles.values()):
         return [turn]
