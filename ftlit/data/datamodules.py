@@ -665,7 +665,7 @@ def as_conversation(record: Record) -> Conversation:
             raise DataError("holds no turn to answer.")
         return record
     assert not isinstance(record, Comparison)
-    return Conversation((Message("user", record.text if isinstance(record, Text) else record.prompt),))
+    return Conversation((Message("user", record.text if isinstance(record, Text) else record.given),))
 
 
 def _short(names: list[str]) -> list[str]:

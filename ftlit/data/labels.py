@@ -77,7 +77,7 @@ class LabelTemplate(ChatTemplate):
         if isinstance(content, TextPair):
             return list(self.tokenizer(content.first, content.second, verbose=False)["input_ids"])
         if not isinstance(content, Conversation):
-            text = content.text if isinstance(content, Text) else content.prompt + content.completion
+            text = content.text if isinstance(content, Text) else content.given + content.completion
             return list(self.tokenizer(text, verbose=False)["input_ids"])
         text = self.render(content.messages, tools=content.tools, options=content.template_kwargs)
         return self._tokenize([text.rstrip()])[0]

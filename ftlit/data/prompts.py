@@ -264,7 +264,7 @@ class PromptData(SFTData):
         answered = source.answered(index)
         reference = None if answered is None else _answer_of(self._changed(source, answered))
         columns = {key: value for key, value in source.named(index).items() if key not in _TAKEN}
-        text = record.prompt if isinstance(record, Completion) else record.text if isinstance(record, Text) else None
+        text = record.given if isinstance(record, Completion) else record.text if isinstance(record, Text) else None
         return PromptRow(ids, turns.messages, reference, columns, source, index, text, turns.tools)
 
     def _keep(self, key: str, label: str, found: Sequence[PromptRow]) -> None:

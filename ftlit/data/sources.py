@@ -377,7 +377,7 @@ def _texts(record: Record) -> list[str]:
     if isinstance(record, Text):
         return [record.text]
     if isinstance(record, Completion):
-        return [record.prompt, record.completion]
+        return [*(text for text, _ in record.earlier), record.prompt, record.completion]
     return [message.content for message in record.messages]
 
 
@@ -395,7 +395,8 @@ def fill(record: Record, values: Mapping[str, str]) -> Record:
     if isinstance(record, Text):
         return record._replace(text=filled(record.text))
     if isinstance(record, Completion):
-        return record._replace(prompt=filled(record.prompt), completion=filled(record.completion))
+        earlier = tuple((filled(text), is_trained) for text, is_trained in record.earlier)
+        return record._replace(prompt=filled(record.prompt), completion=filled(record.completion), earlier=earlier)
     return record._replace(messages=tuple(m._replace(content=filled(m.content)) for m in record.messages))
 
 

@@ -141,7 +141,7 @@ class ChatTemplate:
             record = unanswered(record)
         if isinstance(record, Conversation):
             return self.prompt_ids(record.messages, record.tools, record.template_kwargs)
-        return self._opened(record.text if isinstance(record, Text) else record.prompt)
+        return self._opened(record.text if isinstance(record, Text) else record.given)
 
     def encode(self, record: Record) -> list[Example]:
         """The examples of a record: one as a rule, one an answer where one could not be exact, none if it weighs 0.
@@ -226,16 +226,35 @@ class ChatTemplate:
         return Example(whole.input_ids, [0.0, *whole.weights[1:]])
 
     def _completion(self, record: Completion) -> Example:
-        before = self._opened(record.prompt)
-        whole = self._opened(record.prompt + record.completion)
-        if whole[: len(before)] == before:
-            own = whole[len(before) :]
-        else:  # see _answer
-            own, _ = self._apart(before, record.completion, whole)
-        own = self._ended(own)
+        ids: list[int] = []
+        weights: list[float] = []
+        text = ""
+        stretches = [stretch for stretch in (*record.earlier, (record.prompt, False)) if stretch[0]] or [("", False)]
+        for stretch, is_trained in stretches:
+            own = self._following(ids, text, stretch)
+            ids, text = [*ids, *own], text + stretch
+            weights += [float(is_trained)] * len(own)
+        own = self._ended(self._following(ids, text, record.completion, begun=True))
         if self.train_on == "all":
-            return Example(before + own, [0.0] + [1.0] * (len(before) + len(own) - 1))
-        return Example(before + own, [0.0] * len(before) + [1.0] * len(own))
+            return Example(ids + own, [0.0] + [1.0] * (len(ids) + len(own) - 1))
+        return Example(ids + own, [0.0, *weights[1:], *[1.0] * len(own)] if ids else [1.0] * len(own))
+
+    def _following(self, before: list[int], text: str, more: str, begun: bool = False) -> list[int]:
+        """The tokens of a text that goes on from another one.
+
+        Args:
+            before: The tokens of the other one.
+            text: The other one.
+            more: What goes on from it.
+            begun: Whether the other one may be empty.
+        """
+        whole = self._opened(text + more)
+        if not (text or begun):
+            return whole
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        own, _ = self._apart(before, more, whole)  # see _answer
+        return own
 
     def _document(self, record: Text) -> Example:
         ids = self._ended(self._opened(record.text))

@@ -89,7 +89,7 @@ def test_one_meaning(tmp_path, row, renamed, record):
     assert source.record(0) == record
     assert source.notes == [f"{tmp_path}/rows.jsonl: read with data.columns: {renamed}"]
     read = set(renamed.strip("{}").replace(":", ",").replace(",", " ").split())
-    assert set(source.unread()) == set(row) - read - {"instruction", "output"}
+    assert set(source.unread()) == set(row) - read - {"instruction", "output", "system"}
     fitted = Source(write(tmp_path, row), columns=dict(part.split(": ") for part in renamed.strip("{}").split(", ")))
     assert fitted.record(0) == record  # what is said can be typed
     assert fitted.notes == []

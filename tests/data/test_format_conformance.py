@@ -9,6 +9,7 @@ from ftlit.data.formats import (
     PromptCompletion,
     RawText,
     RowFormat,
+    Segments,
     ShareGPT,
     Text,
 )
@@ -213,6 +214,35 @@ class TestRawText(RowFormatSuite):
 
     def make(self):
         return RawText()
+
+
+def segments(*stretches):
+    return {"segments": [{"text": text, "label": label} for text, label in stretches]}
+
+
+class TestSegments(RowFormatSuite):
+    golden = (
+        (segments(("2+2=", False), ("4", True)), Completion("2+2=", "4")),
+        (segments(("4", True)), Completion("", "4")),
+        (segments(("a", False), ("b", False), ("c", True), ("d", False)), Completion("b", "c", 1.0, (("a", False),))),
+        (
+            {**segments(("a", True), ("", False), ("b", False), ("c", True)), "weight": 2},
+            Completion("b", "c", 2.0, (("a", True),)),
+        ),
+        (segments(("a", True), ("c", True)), Completion("", "c", 1.0, (("a", True),))),
+        ({"segments": '[{"text": "2+2=", "label": false}, {"text": "4", "label": true}]'}, Completion("2+2=", "4")),
+    )
+    bad = (
+        ({"segments": []}, "segments"),
+        ({"segments": "a"}, "segments"),
+        (segments(("a", False)), "segments"),
+        (segments(("a", "yes")), "segments"),
+        ({"segments": [{"text": 4, "label": True}]}, "segments"),
+        ({"segments": ["a"]}, "segments"),
+    )
+
+    def make(self):
+        return Segments()
 
 
 class Mutates(RowFormat):

@@ -174,7 +174,8 @@ def test_format_follows_from_columns(columns, kind):
 
 KNOWN = (
     "(Messages needs messages; ShareGPT needs conversations; Alpaca needs instruction, output; "
-    "PromptCompletion needs prompt, completion; FunctionCalls needs query, tools, answers; RawText needs text)"
+    "PromptCompletion needs prompt, completion; FunctionCalls needs query, tools, answers; Segments needs segments; "
+    "RawText needs text)"
 )
 
 

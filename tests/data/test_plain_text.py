@@ -182,3 +182,24 @@ def test_an_end_token_in_the_middle_is_not_the_end(made, kind):
     (example,) = ChatTemplate(made(kind)).encode(Text("cat</s>\nsat\n"))
     assert list(example.input_ids).count(2) == 2
     assert made(kind).decode(example.input_ids, skip_special_tokens=True).split() == ["cat", "sat"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("borders", [(3, 9, 14), (1, 2, 3), (5, 6, 20)])
+def test_stretches_read_as_they_are_written_and_only_the_marked_ones_are_trained(made, kind, borders):
+    """The first and the third of four are trained, and so is the last, with the end token."""
+    tokenizer, text = made(kind), CORPUS[0]
+    one, two, three = borders
+    record = Completion(text[two:three], text[three:], 1.0, ((text[:one], True), (text[one:two], False)))
+    (example,) = ChatTemplate(tokenizer).encode(record)
+    ids, weights = list(example.input_ids), list(example.weights)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (ids[0], weights[0], ids[-1], weights[-1]) == (1, 0.0, 2, 1.0)
+    assert ids.count(1) == ids.count(2) == 1
+    seen, last = "", ""
+    for number in range(1, len(ids)):  # every token lies in one stretch, and is trained as that is
+        now = tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
+        begins, seen = len(seen), now if "\ufffd" not in now else seen
+        if len(seen) > begins:
+            assert bool(weights[number]) == (begins < one or begins >= three), (number, last)
+        last = now

@@ -229,7 +229,9 @@ def test_the_loss_is_that_of_transformers():
     assert transformers.__version__
 
 
-@pytest.mark.parametrize("medium", [{"image": ["a.png"]}, {"images": ["a.png"]}, {"videos": ["v.mp4"]}, {"audio": {"path": "a"}}])
+@pytest.mark.parametrize(
+    "medium", [{"image": ["a.png"]}, {"images": ["a.png"]}, {"videos": ["v.mp4"]}, {"audio": {"path": "a"}}]
+)
 def test_media_are_refused(medium):
     with pytest.raises(RowError, match="ftlit trains on text alone"):
         Classification()({"text": "t", "label": 1, **medium})

@@ -22,10 +22,14 @@ from ftlit.data.formats.messages import Messages
 from ftlit.data.formats.preference import Labelled, Pairs, PreferenceFormat, Ranking
 from ftlit.data.formats.prompt_completion import PromptCompletion
 from ftlit.data.formats.raw_text import RawText
+from ftlit.data.formats.segments import Segments
 from ftlit.data.formats.sharegpt import ShareGPT
 from ftlit.errors import DataError
 
-BUILT_IN: tuple[type[RowFormat], ...] = (Messages, ShareGPT, Alpaca, PromptCompletion, FunctionCalls, RawText)
+BUILT_IN: tuple[type[RowFormat], ...] = (
+    *(Messages, ShareGPT, Alpaca, PromptCompletion, FunctionCalls),
+    *(Segments, RawText),
+)
 PREFERENCES: tuple[type[PreferenceFormat], ...] = (Pairs, Ranking, Judged, Labelled)
 
 # What files call the columns of a question and its answer, likeliest first; only ever used to suggest.
@@ -166,6 +170,7 @@ __all__ = [
     "Record",
     "RowError",
     "RowFormat",
+    "Segments",
     "ShareGPT",
     "Text",
     "detect",

@@ -61,11 +61,18 @@ class Completion(NamedTuple):
         prompt: What is given; not trained.
         completion: What is trained, with the end token after it.
         weight: How much its trained tokens count.
+        earlier: Stretches before the prompt, and whether each is trained.
     """
 
     prompt: str
     completion: str
     weight: float = 1.0
+    earlier: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def given(self) -> str:
+        """All that stands before the completion."""
+        return "".join(text for text, _ in self.earlier) + self.prompt
 
 
 class Text(NamedTuple):

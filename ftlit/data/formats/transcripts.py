@@ -9,7 +9,7 @@ from typing import Any
 
 from ftlit.data.formats.written import parsed
 
-# A speaker at the beginning of a line, as Glaive (`FUNCTION RESPONSE:`), HH-RLHF (`Human:`) and others (`### Bot:`) write.
+# A speaker at the beginning of a line, as Glaive (`FUNCTION RESPONSE:`), HH-RLHF (`Human:`), others (`### Bot:`) write.
 _MARK = re.compile(
     r"^[ \t]*(?:#+[ \t]*|\*\*)?(system|user|human|assistant|gpt|bot|ai|function response|observation)"
     r"(?:\*\*)?[ \t]*:(?:\*\*)?[ \t]*",
