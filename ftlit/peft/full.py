@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 class Full(SelectiveStrategy):
     """Train every weight of the model that text runs through."""
-
-    trains_base: ClassVar[bool] = True
 
     @override
     def apply(self, model: PreTrainedModel) -> None:

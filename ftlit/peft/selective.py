@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class SelectiveStrategy(PEFTStrategy):
                     parameter.requires_grad_("norm" in name)
         ```
     """
+
+    trains_base: ClassVar[bool] = True
 
     _first: dict[str, Tensor] | None = None
 

@@ -112,6 +112,7 @@ def detect_preference(columns: Iterable[str], where: str, *, answers: bool = Tru
         "rejected; Ranking needs answers; Judged needs two answers and winner; Labelled needs label). "
         "Say which is which, such as data.columns: "
         f"{{{listed}}}, or give data.format a class of your own."
+        + (" A score for each answer by itself is learnt with --config classification." if "score" in have else "")
     )
 
 
