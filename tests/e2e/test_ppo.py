@@ -180,7 +180,7 @@ def test_another_batch_size_takes_the_prompts_that_come_next(ftlit, arguments, t
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own(ftlit, arguments, tmp_path):
-    """Beside a function, by its class; what it says of the kept answers is what it says alone."""
+    """Beside a function, by its class; what it says of the kept answers is what it says alone, told which were cut."""
     tiny_classifier("llama", labels=1).save_pretrained(tmp_path / "rm")
     tiny_tokenizer(CHAT_TEMPLATE.replace("assistant", "bot")).save_pretrained(tmp_path / "rm")
     both = "[{class_path: RewardScorer, init_args: {model: rm}}, rewards.short]"
@@ -188,7 +188,9 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(ftlit, arguments, tmp_path):
     assert ftlit(*arguments("ppo", *options), "--run", "r") == 0, ftlit.err
     kept = [json.loads(line) for line in Path("r/rollouts.jsonl").read_text().split("\n") if line]
     scorer = RewardScorer(str(tmp_path / "rm"))
-    expected = scorer([one["prompt"] for one in kept], [one["answer"] for one in kept])
+    cut = [not one["ended"] for one in kept]
+    assert any(cut)
+    expected = scorer([one["prompt"] for one in kept], [one["answer"] for one in kept], truncated=cut)
     assert len(set(expected)) > 3
     for one, score in zip(kept, expected, strict=True):
         assert one["reward/RewardScorer"] == pytest.approx(score, abs=1e-4)
