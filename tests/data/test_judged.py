@@ -47,6 +47,8 @@ FLAGS = {"prompt": "Hi?", "response_a": "Yes.", "response_b": "No.", "winner_mod
         ({**ARENA, "winner": "tie (bothbad)"}, TIE),
         (FLAGS | {"winner_tie": 0}, BEST),
         (FLAGS | {"winner_model_a": 0, "winner_tie": 1}, TIE),
+        (FLAGS | {"prompt": '["Hi?"]', "response_a": '["Yes."]', "response_b": '["No."]'}, BEST),
+        (FLAGS | {"prompt": ["Hi?"], "response_a": ["Yes."], "response_b": ["No."]}, BEST),
         ({**HELP, "preference_strength": -2, "preference_statement": "So."}, BEST),
         ({"context": ASKED, "response1": "No.", "response2": "Yes.", "overall_preference": 3}, BEST),
         ({**HELP, "preference_strength": 0}, TIE),
@@ -160,3 +162,23 @@ class TestJudged(RowFormatSuite):
 
     def make(self):
         return Judged()
+
+
+def test_answers_of_several_turns_part_where_they_differ():
+    """Lists of texts, one a turn, as arena-human-preference-55k has them in JSON."""
+    asked, good, bad = ["Hi?", "Sure?"], ["Yes.", "Yes!"], ["No.", "No!"]
+    row = {**FLAGS, "prompt": json.dumps(asked), "response_a": json.dumps(good), "response_b": json.dumps(bad)}
+    found = detect_preference(row, "rows.jsonl")(row)
+    first, second = found.answers
+    assert [(m.role, m.content) for m in first.messages] == [
+        ("user", "Hi?"), ("assistant", "Yes."), ("user", "Sure?"), ("assistant", "Yes!")
+    ]  # fmt: skip
+    assert [m.content for m in second.messages] == ["Hi?", "No.", "Sure?", "No!"]
+    assert first.given == second.given == 1
+
+
+@pytest.mark.parametrize("torn", ['["Yes.", null]', '["Yes."]', '["Yes.", " "]', '["Yes.", 3]'])
+def test_lists_of_turns_that_do_not_fit_are_refused(torn):
+    row = {**FLAGS, "prompt": '["Hi?", "Sure?"]', "response_a": torn, "response_b": '["No.", "No!"]'}
+    with pytest.raises(RowError, match=r"response_a.*as many texts as prompt and answers have turns"):
+        detect_preference(row, "rows.jsonl")(row)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from typing_extensions import override
 
 from ftlit.data.formats.asked import Answer, answer_of, asked_and_answered, ends_in_mark
-from ftlit.data.formats.base import Comparison, Message, RowError, number_of
+from ftlit.data.formats.base import Comparison, Completion, Conversation, Message, RowError, number_of
 from ftlit.data.formats.preference import PreferenceFormat, ranked
+from ftlit.data.formats.written import parsed
 from ftlit.errors import DataError
 
 _ANSWER = re.compile(
@@ -100,11 +101,40 @@ class Judged(PreferenceFormat):
 
     @override
     def __call__(self, row: Mapping[str, Any]) -> Comparison:
+        row = self._turn_by_turn(row)
         prompt, answers = asked_and_answered(row, self.answers(row))
         if isinstance(prompt, str) and not ends_in_mark(prompt):
             prompt = (Message("user", prompt),)
         margin = number_of(row, "margin", 0.0)
         return ranked(prompt, answers, self._grades(row), row)._replace(margin=margin)
+
+    @override
+    def prompt(self, row: Mapping[str, Any]) -> Conversation | Completion:
+        return super().prompt(self._turn_by_turn(row))
+
+    def _turn_by_turn(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row whose prompt and answers are lists of texts, one a turn, with whole conversations as its answers.
+
+        Raises:
+            RowError: If the lists are not of one length, or hold anything but texts.
+        """
+        columns = ("prompt", self.first, self.second)
+        lists = [parsed(row.get(column)) for column in columns]
+        if not all(isinstance(one, list | tuple) and not any(isinstance(t, Mapping) for t in one) for one in lists):
+            return row
+        for column, one in zip(columns, lists, strict=True):
+            if len(one) != len(lists[0]) or not one or not all(isinstance(text, str) and text.strip() for text in one):
+                raise RowError(column, "as many texts as prompt and answers have turns", row[column])
+        asked, *answers = lists
+        whole = {
+            column: [
+                {"role": role, "content": text}
+                for pair in zip(asked, answer, strict=True)
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+            for column, answer in zip(columns[1:], answers, strict=True)
+        }
+        return {key: value for key, value in {**row, **whole}.items() if key != "prompt"}
 
     def _grades(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """1 for the better answer and 0 for the other; 0 for both where none is better."""
