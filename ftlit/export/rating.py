@@ -70,6 +70,8 @@ def contents_of(name: str) -> list[Rated]:
 
 def _known(columns: Sequence[str], row: Mapping[str, Any], *, answers: bool = True) -> Mapping[str, str]:
     """The columns of rows to score that have one meaning under other names; labels do not matter."""
+    if any(kind.of(one_verdict(set(columns))) is not None for kind in (Pairs, Ranking, Judged)):
+        return {}  # several answers to be scored, and not one with its references
     found = known_labelled(columns)
     if "text_pair" in found:
         return {name: found[name] for name in ("text", "text_pair")}

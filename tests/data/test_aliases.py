@@ -268,3 +268,9 @@ def test_calls_are_answers(tmp_path, question, calls):
     source = Source(write(tmp_path, {question: "q", calls: json.dumps(CALLS), "tools": json.dumps([TOOL])}))
     assert type(source.row_format) is FunctionCalls
     assert source.record(0).messages[1].more == {"tool_calls": CALLED}
+
+
+@pytest.mark.parametrize("beside", ["scores", "ranks"])
+def test_answers_that_are_ranked_are_no_references(tmp_path, beside):
+    with pytest.raises(DataError, match="fit no known row format"):
+        Source(write(tmp_path, {"prompt": "2+2=", "answers": ["5", "4"], beside: [1, 9]})).record(0)

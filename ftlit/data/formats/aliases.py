@@ -107,9 +107,14 @@ class _Names:
         return self.is_list(column) or turns_in_text(self.row.get(column)) is not None
 
     def is_answer(self, column: str) -> bool:
-        """Whether a column holds an answer: a text, or reference answers where such a column may."""
-        value = self.row.get(column)
-        return self.is_text(column) or (column.casefold() in _REFERENCES and is_references(value))
+        """Whether a column holds an answer: a text, or reference answers where such a column may.
+
+        Several answers beside scores or ranks of theirs are a ranking: the first one may be the worst.
+        """
+        if self.is_text(column):
+            return True
+        is_ranking = any(name in self.columns for name in ("scores", "ranks", "ratings", "rewards"))
+        return column.casefold() in _REFERENCES and is_references(self.row.get(column)) and not is_ranking
 
     def first(self, words: Sequence[str], fits: Any) -> str:
         """The first of some columns that is there and fits."""
