@@ -158,7 +158,7 @@ def test_the_probe_measures_prompts_without_answers(rows, tmp_path, monkeypatch)
 def test_a_reward_model_reads_its_system_turn_and_the_tools(tmp_path, monkeypatch):
     tiny_classifier("llama", labels=1).save_pretrained(tmp_path / "rm")
     template = (
-        "{% for tool in tools or [] %}{{ tool['name'] }}|{% endfor %}"
+        "{% for tool in tools or [] %}{{ tool['function']['name'] }}|{% endfor %}"
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
     tiny_tokenizer(template).save_pretrained(tmp_path / "rm")
