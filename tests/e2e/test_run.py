@@ -182,7 +182,8 @@ def test_lightnings_other_verbs(ftlit, fit_args, rows):
 def test_data_shows_what_would_be_trained_on(ftlit, rows, tiny_model_folder):
     args = ["data", "--config", "sft", "--model.policy", tiny_model_folder, "--data.train", rows, "--rows", "2"]
     assert ftlit(*args) == 0
-    assert ftlit.out.splitlines()[2].split()[:3] == ["rows.jsonl", "12", "12"]
+    # Behind the line of the precision, the name of the set and the header.
+    assert ftlit.out.splitlines()[3].split()[:3] == ["rows.jsonl", "12", "12"]
     assert ftlit.out.count("⟦") - ftlit.out.count("between ⟦") == 2
     assert not Path("runs").exists()
 
