@@ -119,7 +119,7 @@ def _keep_earlier(path: Path, text: str, checkpoint: Any) -> None:
     """Keeps the config of a run that goes on with another one, under the step up to which it was trained with."""
     if checkpoint is None or not path.exists() or path.read_text(encoding="utf-8") == text:
         return
-    step = read_checkpoint(checkpoint)["global_step"]
+    step = read_checkpoint(checkpoint, checked=True)["global_step"]
     os.replace(path, path.with_name(f"config-until-step-{step}.yaml"))
 
 
@@ -239,7 +239,7 @@ class CLI(LightningCLI):
             known = CLI.lock is None or not CLI.lock.is_new
             config.ckpt_path = _checkpoint(config.ckpt_path, Path(source or folder), verb, known)
             if source and config.ckpt_path and CLI.lock is not None:
-                step = read_checkpoint(config.ckpt_path)["global_step"]
+                step = read_checkpoint(config.ckpt_path, checked=True)["global_step"]
                 print(f"run        {folder} branches from {source} at step {step}", flush=True)
                 remember_origin(folder, Path(source), step)
 
@@ -286,7 +286,7 @@ class CLI(LightningCLI):
             path = self.config_init["fit"].get("ckpt_path")
             last = None
             if path:
-                checkpoint = read_checkpoint(path)
+                checkpoint = read_checkpoint(path, checked=True)
                 last = {"step": checkpoint["global_step"], **checkpoint.get("ftlit", {}).get("step_metrics", {})}
             for one in loggers:
                 if isinstance(one, WandB):
@@ -347,7 +347,7 @@ def _precision_of(checkpoint: str) -> str | None:
 
     One that was written before checkpoints said it has the config of its run beside it, where none given meant float32.
     """
-    said = read_checkpoint(checkpoint).get("ftlit", {}).get("precision")
+    said = read_checkpoint(checkpoint, checked=True).get("ftlit", {}).get("precision")
     if said is not None:
         return str(said)
     config = Path(checkpoint).absolute().parent.parent / "config.yaml"
@@ -389,7 +389,7 @@ def _checkpoint(asked: str | None, folder: Path, verb: str, known: bool) -> str 
         raise ConfigError(f"there is no {kept / asked}.ckpt: give the --run that has one, or the path of a checkpoint.")
     if not path.exists():
         raise ConfigError(f"checkpoint {asked} does not exist.")
-    read_checkpoint(path)
+    read_checkpoint(path, checked=path == kept / LAST and asked in ("last", "auto"))
     print(f"weights    {path}", flush=True)
     return str(path)
 

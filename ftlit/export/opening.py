@@ -166,15 +166,21 @@ def _open_run(folder: Path, base: str | None, which: str) -> Opened:
     return Opened(lm.eval(), strategy, tokenizer, policy, system, tuple(head))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, checked: bool = False) -> dict[str, Any]:
     """The content of a checkpoint; nothing in it is executed.
+
+    Args:
+        path: The checkpoint.
+        checked: Whether this command has checked it already: its checksums cost a read of the whole file.
 
     Raises:
         ConfigError: If it is torn, or no checkpoint of a run.
     """
     try:
-        with zipfile.ZipFile(path) as file:  # every part has a checksum, which torch does not look at
-            damaged = file.testzip()
+        damaged = None
+        if not checked:
+            with zipfile.ZipFile(path) as file:  # every part has a checksum, which torch does not look at
+                damaged = file.testzip()
         # Mapped, not read: a resume only asks whether the file is whole, and Lightning reads it after that.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert damaged is None
