@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftlit.errors import FtlitError
@@ -113,26 +113,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 def keep_copy(path: Path, copy: Path) -> None:
     """Makes `copy` a second name of the file at `path`, at no cost of space; where names cannot be linked, moves it."""
-    if not path.is_file():
-        return
-    scratch = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    scratch.unlink(missing_ok=True)
-    try:
-        os.link(path, scratch)
-        os.replace(scratch, copy)
-    except OSError:
-        os.replace(path, copy)
+    if path.is_file():
+        _link(path, copy, otherwise=lambda _: os.replace(path, copy))
 
 
 def second_name(path: Path, name: Path) -> None:
     """Makes `name` a second name of the file at `path`; where names cannot be linked, a copy of it."""
+    _link(path, name, otherwise=lambda scratch: os.replace(shutil.copyfile(path, scratch), name))
+
+
+def _link(path: Path, name: Path, otherwise: Callable[[Path], object]) -> None:
+    """Gives a file a second name, which takes the place of what had it before.
+
+    Args:
+        path: The file.
+        name: The second name.
+        otherwise: Done with a path beside `name` where names cannot be linked.
+    """
     scratch = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     scratch.unlink(missing_ok=True)
     try:
         os.link(path, scratch)
+        os.replace(scratch, name)
     except OSError:
-        shutil.copyfile(path, scratch)
-    os.replace(scratch, name)
+        otherwise(scratch)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -19,6 +19,7 @@ from ftlit.files import write_text
 ORIGIN = "branched_from.json"
 """Which run and step a run began from, where it is a branch."""
 _LOCK, _OWNER = ".lock", ".owner"
+_RUNS = Path("runs")
 
 
 def begun_in(configs: Sequence[Any]) -> Path | None:
@@ -66,13 +67,12 @@ class RunLock:
     """
 
     def __init__(self, folder: Path | None, kind: str) -> None:
-        self._made = [Path("runs")] if folder is None and not Path("runs").exists() else []
+        place = _RUNS if folder is None else folder
+        self._made = [one for one in (place, *place.parents) if not one.exists()]
         if folder is None:
             folder = _new_folder(kind)
             self._made.insert(0, folder)
-        else:
-            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._owner = folder / _OWNER
         self._lock: FileLock | None = FileLock(folder / _LOCK)
@@ -113,7 +113,7 @@ def _new_folder(kind: str) -> Path:
     """Makes a folder that no other run has, even one that begins in the same second."""
     stem = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
-        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        folder = _RUNS / (stem if number == 1 else f"{stem}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=False)
             return folder
